@@ -1,0 +1,1 @@
+"""Conformal segmentation: which classes each pixel can still have, with a true guarantee."""

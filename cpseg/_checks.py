@@ -1,0 +1,98 @@
+"""Argument checks on metadata: shapes, dtypes, numbers. Nothing here reads a tensor's values.
+
+Values are checked where they are used, without waiting for a device: see
+:class:`cpseg.calibrators.SplitCalibrator`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cpseg.errors import InputError
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def describe(shape: Sequence[int]) -> str:
+    """A shape as text."""
+    return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Refuse what is no tensor."""
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name} must be a torch tensor; got {type(value).__name__}")
+
+
+def check_logits(logits: Tensor, num_classes: int | None = None) -> None:
+    """Logits are ``(B, C, *S)``, floating, with ``C >= 1`` (and ``C == num_classes`` if given)."""
+    check_tensor("logits", logits)
+    if logits.ndim < 2:
+        raise InputError(f"logits must have shape (B, C, *S); got {describe(logits.shape)}")
+    if logits.dtype not in FLOATS:
+        raise InputError(
+            f"logits must be float16, bfloat16, float32 or float64; got {logits.dtype}"
+        )
+    if logits.shape[1] < 1:
+        raise InputError(f"logits must have C >= 1 classes; got {describe(logits.shape)}")
+    if num_classes is not None and logits.shape[1] != num_classes:
+        raise InputError(
+            f"logits must have C = {num_classes} classes; got {logits.shape[1]} "
+            f"in shape {describe(logits.shape)}"
+        )
+
+
+def check_integers(name: str, value: Tensor) -> None:
+    """Refuse what is no integer tensor; bool is none."""
+    check_tensor(name, value)
+    if value.dtype not in INTEGERS:
+        raise InputError(f"{name} must be an integer tensor; got {value.dtype}")
+
+
+def check_map(name: str, value: Tensor, shape: Sequence[int], beside: str) -> None:
+    """An integer map of exactly ``shape``, said to go with ``beside``."""
+    check_integers(name, value)
+    if tuple(value.shape) != tuple(shape):
+        raise InputError(
+            f"{name} must have shape {describe(shape)} to go with {beside}; "
+            f"got {describe(value.shape)}"
+        )
+
+
+def check_device(name: str, value: Tensor, like: Tensor, beside: str) -> None:
+    """Two tensors that meet must live on one device."""
+    if value.device != like.device:
+        raise InputError(
+            f"{name} must be on the device of {beside} ({like.device}); got {value.device}"
+        )
+
+
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Labels are integers of shape ``(B, *S)`` beside logits ``(B, C, *S)``."""
+    shape = (logits.shape[0], *logits.shape[2:])
+    check_map("labels", labels, shape, f"logits {describe(logits.shape)}")
+    check_device("labels", labels, logits, "logits")
+
+
+def check_positive(name: str, value: int) -> None:
+    """A count of at least one."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} must be an integer >= 1; got {value!r}")
+
+
+def check_ignore_index(ignore_index: int, num_classes: int | None) -> None:
+    """The ignored label must not be a class."""
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise InputError(f"ignore_index must be an integer; got {ignore_index!r}")
+    if num_classes is not None and 0 <= ignore_index < num_classes:
+        raise InputError(
+            f"ignore_index must lie outside the classes [0, {num_classes}); got {ignore_index}"
+        )
+
+
+def check_alpha(alpha: object, name: str = "alpha") -> None:
+    """A level strictly between 0 and 1."""
+    if not isinstance(alpha, (float, int)) or isinstance(alpha, bool) or not 0 < alpha < 1:
+        raise InputError(f"{name} must lie strictly between 0 and 1; got {alpha!r}")
