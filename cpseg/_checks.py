@@ -5,6 +5,7 @@ Values are checked where they are used, without waiting for a device: see
 """
 
 from collections.abc import Sequence
+from math import inf
 
 import torch
 from torch import Tensor
@@ -76,16 +77,24 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
     check_device("labels", labels, logits, "logits")
 
 
-def check_positive(name: str, value: int) -> None:
-    """A count of at least one."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} must be an integer >= 1; got {value!r}")
+def check_integer(name: str, value: object, minimum: int | None = None) -> None:
+    """An integer, of at least ``minimum`` if given; bool is none."""
+    rule = "be an integer" if minimum is None else f"be an integer >= {minimum}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InputError(f"{name} must {rule}; got {value!r}")
+    if minimum is not None and value < minimum:
+        raise InputError(f"{name} must {rule}; got {value}")
+
+
+def check_weight(name: str, value: object) -> None:
+    """A finite number of at least zero."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < inf:
+        raise InputError(f"{name} must be finite and >= 0; got {value!r}")
 
 
 def check_ignore_index(ignore_index: int, num_classes: int | None) -> None:
     """The ignored label must not be a class."""
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-        raise InputError(f"ignore_index must be an integer; got {ignore_index!r}")
+    check_integer("ignore_index", ignore_index)
     if num_classes is not None and 0 <= ignore_index < num_classes:
         raise InputError(
             f"ignore_index must lie outside the classes [0, {num_classes}); got {ignore_index}"
