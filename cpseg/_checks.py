@@ -77,6 +77,18 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
     check_device("labels", labels, logits, "logits")
 
 
+def check_groups(groups: Tensor, logits: Tensor) -> None:
+    """Groups are integers for the grid, ``(*S)``, or for the batch, ``(B, *S)``."""
+    check_integers("groups", groups)
+    batch, _, *space = logits.shape
+    if tuple(groups.shape) not in (tuple(space), (batch, *space)):
+        raise InputError(
+            f"groups must have shape {describe(space)} or {describe((batch, *space))} "
+            f"to go with logits {describe(logits.shape)}; got {describe(groups.shape)}"
+        )
+    check_device("groups", groups, logits, "logits")
+
+
 def check_integer(name: str, value: object, minimum: int | None = None) -> None:
     """An integer, of at least ``minimum`` if given; bool is none."""
     rule = "be an integer" if minimum is None else f"be an integer >= {minimum}"
