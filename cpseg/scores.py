@@ -49,6 +49,11 @@ class LAC:
         (tensor([[0.5000, 0.5000]]), tensor([0.5000]))
     """
 
+    @property
+    def follows_logits(self) -> bool:
+        """A larger logit never scores higher."""
+        return True
+
     def __call__(self, logits: Tensor) -> Tensor:
         """Scores of all classes. Shape ``(B, C, *S)``."""
         return _all_classes(self._all, logits)
@@ -95,6 +100,11 @@ class APS:
 
     def __post_init__(self) -> None:
         _checks.check_integer("seed", self.seed)
+
+    @property
+    def follows_logits(self) -> bool:
+        """A larger logit never scores higher."""
+        return True
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Scores of all classes. Shape ``(B, C, *S)``."""
@@ -157,6 +167,11 @@ class RAPS:
         _checks.check_weight("penalty", self.penalty)
         _checks.check_integer("k_reg", self.k_reg, 0)
         _checks.check_integer("seed", self.seed)
+
+    @property
+    def follows_logits(self) -> bool:
+        """A larger logit never scores higher."""
+        return True
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Scores of all classes. Shape ``(B, C, *S)``."""
@@ -222,6 +237,11 @@ class SAPS:
         _checks.check_weight("weight", self.weight)
         _checks.check_integer("seed", self.seed)
 
+    @property
+    def follows_logits(self) -> bool:
+        """A larger logit never scores higher."""
+        return True
+
     def __call__(self, logits: Tensor) -> Tensor:
         """Scores of all classes. Shape ``(B, C, *S)``."""
         return _all_classes(self._all, logits)
@@ -265,6 +285,11 @@ class Margin:
         >>> Margin()(logits)
         tensor([[-0.2500,  0.2500,  0.2500]])
     """
+
+    @property
+    def follows_logits(self) -> bool:
+        """A larger logit never scores higher."""
+        return True
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Scores of all classes. Shape ``(B, C, *S)``."""
@@ -316,6 +341,11 @@ class TopK:
 
     def __post_init__(self) -> None:
         _checks.check_integer("seed", self.seed)
+
+    @property
+    def follows_logits(self) -> bool:
+        """A larger logit never scores higher."""
+        return True
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Scores of all classes. Shape ``(B, C, *S)``."""
