@@ -462,8 +462,8 @@ class AnyCalibrator:
                 raise InputError(
                     f'fallback must be None, "pooled" or a fitted object; got {fallback!r}'
                 )
-            known = {alpha: pooled.quantiles([alpha])[0] for alpha in set(alphas)}
-            return torch.stack([known[alpha] for alpha in alphas])
+            known = {alpha: float(pooled.quantiles([alpha])[0]) for alpha in set(alphas)}
+            return torch.tensor([known[alpha] for alpha in alphas], device=own.num_units.device)
         if fallback.fitted_on == self.fingerprint:
             raise InputError(
                 "fallback must be fitted on a split of its own; got one fitted on this very data"
