@@ -261,9 +261,9 @@ def annuli(shape: Sequence[int], rings: int) -> LocationClusters:
 
     Examples:
         >>> annuli((3, 5), 2).map
-        tensor([[1, 0, 0, 0, 1],
+        tensor([[1, 1, 0, 1, 1],
                 [1, 0, 0, 0, 1],
-                [1, 0, 0, 0, 1]])
+                [1, 1, 0, 1, 1]])
     """
     _checks.check_integer("rings", rings, 1)
     # In integers, so that what is symmetric stays so: twice the distance, times all sizes.
