@@ -209,15 +209,13 @@ class BackgroundPriority:
             (0, logits[:, : self.background]),
             (self.background + 1, logits[:, self.background + 1 :]),
         ]
-        best = [(part.max(1), start) for start, part in parts if part.shape[1]]
+        best = [(part.amax(1), _top(part) + start) for start, part in parts if part.shape[1]]
         background = torch.full_like(logits[:, 0], self.background, dtype=torch.int64)
         if not best:
             return (background,)
-        (value, index), start = best[0]
-        foreground = index + start
-        if len(best) == 2:
-            (later, index), start = best[1]
-            foreground = torch.where(later > value, index + start, foreground)
+        value, foreground = best[0]
+        for later, label in best[1:]:
+            foreground = torch.where(later > value, label, foreground)
         return foreground, background
 
 
@@ -261,7 +259,9 @@ class AtMost:
 
     def _choose(self, logits: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
         label, reason = _most_likely(logits, member)
-        return label, torch.where(member.sum(1) > self.k, Reason.TOO_MANY, reason)
+        return label, torch.where(
+            member.sum(1, dtype=torch.int32) > self.k, Reason.TOO_MANY, reason
+        )
 
 
 @final
@@ -328,7 +328,7 @@ def _decide(
         for entry in range(batch if prod(space) else 0):
             image = logits[entry : entry + 1]
             limit = thresholds[entry : entry + 1] if len(thresholds) == batch else thresholds
-            top = image.argmax(1, keepdim=True)
+            top = _top(image)[:, None]
             if quick and propose is not None:
                 label, reason = _try_in_turn(calibration, image, limit, propose(image))
             else:
@@ -336,7 +336,7 @@ def _decide(
                 label, reason = choose(image, member)
             full = (1, classes, *space)
             starved = limit.isinf().expand(full).gather(1, top)[:, 0]
-            unusable = ~image.gather(1, top)[:, 0].isfinite()
+            unusable = ~image.amax(1).isfinite()
             reason = torch.where(starved, Reason.STARVED, reason)
             reason = torch.where(unusable, Reason.UNUSABLE, reason)
             label = torch.where(reason == Reason.KEPT, label, calibration.ignore_index)
@@ -348,13 +348,31 @@ def _decide(
 
 def _most_likely(logits: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
     """The member with the largest logit, the first of equals."""
-    lowest = torch.finfo(logits.dtype).min  # a member may have logit -inf, and must still win
-    label = logits.clamp(min=lowest).masked_fill(~member, -torch.inf).argmax(1)
-    return label, torch.where(member.any(1), Reason.KEPT, Reason.EMPTY)
+    best = torch.where(member, logits, -torch.inf).amax(1, keepdim=True)
+    label = _first((logits == best) & member)  # a member may have logit -inf, and must still win
+    return label, torch.where(member.view(torch.uint8).amax(1) > 0, Reason.KEPT, Reason.EMPTY)
+
+
+def _first(mask: Tensor) -> Tensor:
+    """The first class that is marked, 0 where none is. Bool ``(B, C, *S)`` to ``(B, *S)``.
+
+    What ``argmax(1)`` does, an order of magnitude faster: along an axis that is not the last,
+    torch vectorises a maximum but not its index.
+    """
+    classes = mask.shape[1]
+    dtype = torch.uint8 if classes <= 255 else torch.int32
+    countdown = torch.arange(classes, 0, -1, dtype=dtype, device=mask.device)
+    left = (mask * countdown.view(-1, *(1 for _ in mask.shape[2:]))).amax(1).long()
+    return (classes - left) * (left > 0)
+
+
+def _top(logits: Tensor) -> Tensor:
+    """The class with the largest logit, the first of equals; 0 where a logit is NaN."""
+    return _first(logits == logits.amax(1, keepdim=True))
 
 
 def _propose_top(logits: Tensor) -> tuple[Tensor, ...]:
-    return (logits.argmax(1),)
+    return (_top(logits),)
 
 
 def _try_in_turn(
