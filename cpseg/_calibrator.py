@@ -65,7 +65,15 @@ class AnyCalibrator:
     """What the four calibrators share: everything but which row a pixel belongs to."""
 
     axes: tuple[str, ...]
+    num_classes: int | None
     _shape: tuple[int, ...]  # of the rows: what has a threshold of its own
+    _seen: tuple[Evidence, Evidence] | None
+    _faults: Tensor
+    _max_share: Tensor
+    _checksum: Tensor
+    _anonymous: int  # units without an id, closed at once
+    _open: set[int]
+    _closed: set[int]
     _most_units: int = MAX_UNITS
     _tail_alpha: float | None = None
 
@@ -258,13 +266,13 @@ class AnyCalibrator:
     def reset(self) -> Self:
         """Forget everything seen; returns the calibrator itself."""
         self.num_classes = self._declared_classes
-        self._seen: tuple[Evidence, Evidence] | None = None
+        self._seen = None
         self._faults = torch.zeros(len(_FAULTS), dtype=torch.int64)
         self._max_share = torch.zeros(self.num_classes or 0, dtype=torch.float64)
         self._checksum = torch.zeros(2, dtype=torch.int64)
         self._anonymous = 0
-        self._open: set[int] = set()
-        self._closed: set[int] = set()
+        self._open = set()
+        self._closed = set()
         return self
 
     def state_dict(self) -> dict[str, object]:

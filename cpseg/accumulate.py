@@ -302,8 +302,8 @@ class Evidence:
         rows = torch.where(valid, rows, 0)
         keys = torch.where(valid, rows * self.store.num_cells + self.store.cells(scores), nowhere)
         if unit_ids is not None:
-            for entry, unit in enumerate(unit_ids):
-                self._hold(unit, *torch.unique(keys[entry], return_counts=True))
+            for held, unit in zip(keys, unit_ids, strict=True):
+                self._hold(unit, *torch.unique(held, return_counts=True))
             return
         entry = torch.arange(batch, device=rows.device)[:, None] * self.store.rows
         pixels = _counts(
@@ -370,10 +370,14 @@ class Evidence:
         self.num_units += state["num_units"].to(device)
         self.num_pixels += state["num_pixels"].to(device)
         sizes = state["open_sizes"].tolist()
-        keys = state["open_keys"].to(device).split(sizes)
-        counts = state["open_counts"].to(device).split(sizes)
+        keys = _split(state["open_keys"].to(device), sizes)
+        counts = _split(state["open_counts"].to(device), sizes)
         for unit, held, pixels in zip(state["open_ids"].tolist(), keys, counts, strict=True):
             self._hold(unit, held, pixels)
+
+
+def _split(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    return tuple(torch.split_with_sizes(values, list(sizes)))
 
 
 def _counts(index: Tensor, size: int) -> Tensor:

@@ -185,7 +185,10 @@ def describe_score(score: Score) -> dict[str, Any]:
     """A score as plain data: its name, and its parameters if it is a dataclass."""
     kind = type(score)
     name = kind.__name__ if kind in _BUILT_IN.values() else f"{kind.__module__}.{kind.__qualname__}"
-    parameters = asdict(score) if is_dataclass(score) and not isinstance(score, type) else {}
+    instance: Any = score
+    parameters: dict[str, Any] = {}
+    if is_dataclass(instance) and not isinstance(instance, type):
+        parameters = asdict(instance)
     return {"name": name, "parameters": parameters}
 
 

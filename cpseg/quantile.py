@@ -21,7 +21,7 @@ UNIT_MASS = 2**40
 """Mass of one unit, shared by its pixels."""
 
 MAX_UNITS = 2**22
-"""Most units one accumulator may see: their mass still fits in int64."""
+"""Most units one accumulator may see, so that their mass still fits in int64."""
 
 __all__ = [
     "MAX_UNITS",
@@ -42,7 +42,7 @@ def level(alpha: float) -> Fraction:
         alpha: Level strictly between 0 and 1.
 
     Returns:
-        A fraction: ``level(0.1)`` is one tenth, which the float 0.1 is not.
+        The fraction; ``level(0.1)`` is one tenth, which the float 0.1 is not.
 
     Raises:
         InputError: If alpha does not lie strictly between 0 and 1.
@@ -154,7 +154,8 @@ def weighted_quantile(scores: Tensor, mass: Tensor, above: int) -> Tensor:
     pooled = torch.zeros(values.shape, dtype=torch.int64, device=mass.device)
     pooled = pooled.index_add(0, index, mass.long())
     over = mass_above(torch.zeros_like(pooled), pooled)
-    return values[(over > above).sum()]
+    found: Tensor = values[(over > above).sum()]
+    return found
 
 
 def mass_above(rows: Tensor, mass: Tensor) -> Tensor:
