@@ -36,8 +36,8 @@ types: $(VENV)/.dev ## mypy, pyright, and that every public name has a type
 
 .PHONY: docs
 docs: $(VENV)/.dev ## the pages and their examples, warnings as errors
-	$(RUN) -m sphinx -E -n -W --keep-going -b html docs docs/_build/html
-	$(RUN) -m sphinx -E -n -W --keep-going -b doctest docs docs/_build/doctest
+	$(RUN) -m sphinx -q -E -n -W --keep-going -b html docs docs/_build/html
+	$(RUN) -m sphinx -q -E -n -W --keep-going -b doctest docs docs/_build/doctest
 
 .PHONY: bench
 bench: $(VENV)/.dev ## everything in benchmarks/
