@@ -169,7 +169,8 @@ class AnyCalibrator:
         return ids
 
     def _limit(self, units: int) -> None:
-        if self.unit == "image" and units > self._most_units:
+        bounded = self.unit == "image" or self._tail_alpha is not None
+        if bounded and units > self._most_units:
             raise StateError(f"at most {self._most_units} units can be held; got {units}")
 
     def _evidence(self, classes: int, device: torch.device) -> tuple[Evidence, Evidence]:
@@ -179,7 +180,8 @@ class AnyCalibrator:
             self.num_classes = classes
             rows = prod(self._shape)
             tail = self._tail_alpha
-            limit = None if tail is None else budget(tail, self._most_units, UNIT_MASS)
+            mass = UNIT_MASS if self.unit == "image" else 1
+            limit = None if tail is None else budget(tail, self._most_units, mass)
             self._faults, self._checksum = self._faults.to(device), self._checksum.to(device)
             self._max_share = torch.zeros(classes, dtype=torch.float64, device=device)
             own = self._empty(rows, limit, device)
