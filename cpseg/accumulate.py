@@ -33,9 +33,8 @@ def upward(scores: Tensor) -> Tensor:
     single = scores.float() + 0.0  # + 0.0 turns -0.0 into 0.0, so that equal scores are one cell
     if scores.dtype != torch.float64:
         return single
-    return torch.where(
-        single < scores, single.nextafter(torch.full_like(single, torch.inf)), single
-    )
+    above = single.nextafter(torch.full_like(single, torch.inf)) + 0.0
+    return torch.where(single < scores, above, single)
 
 
 def _ordered(scores: Tensor) -> Tensor:
@@ -257,7 +256,8 @@ class Exact:
     def absorb(self, state: Mapping[str, Tensor]) -> None:
         """Add the :meth:`state` of a store of the same rows."""
         device = self._keys.device
-        self.add(state["keys"].to(device), state["mass"].to(device))
+        # A copy: what waits to be sorted in must not change with the caller's state.
+        self.add(state["keys"].to(device, copy=True), state["mass"].to(device, copy=True))
 
 
 @final
