@@ -307,6 +307,7 @@ class LocationCalibrator(AnyCalibrator):
                 "clusters.map", clusters.map, self.shape, f"shape {_checks.describe(self.shape)}"
             )
             self._map = clusters.map.long().cpu()
+            self._clustered = True
             self._shape = (int(self._map.max()) + 1,)
         super().__init__(
             score=score, unit=unit, store=store, ignore_index=ignore_index, source=source
