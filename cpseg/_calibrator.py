@@ -114,22 +114,26 @@ class AnyCalibrator:
         self, logits: Tensor, labels: Tensor, rows: Tensor, unit_ids: Sequence[int] | Tensor | None
     ) -> Self:
         """Add a batch whose labels belong to ``rows``, int64 that broadcasts to ``(B, *S)``."""
-        ids = self._admit(unit_ids, logits.shape[0])
         batch, classes, *space = logits.shape
+        ids = self._admit(unit_ids, batch)
         if labels.numel() == 0:
+            self._open.update(ids or ())
             return self
-        own, pooled = self._evidence(classes, logits.device)
+        _checks.check_ignore_index(self.ignore_index, classes)
         with torch.no_grad():
             flat = labels.long().reshape(batch, -1)
             labelled = flat != self.ignore_index
             known = labelled & (flat >= 0) & (flat < classes)
             wanted = (flat * known).view(labels.shape)
             raw = self.score.of_labels(logits, wanted)
-            if raw.shape != labels.shape:
+            if raw.shape != labels.shape or raw.dtype not in _checks.FLOATS:
                 raise InputError(
-                    f"score.of_labels must give shape {_checks.describe(labels.shape)}; "
-                    f"got {_checks.describe(raw.shape)}"
+                    f"score.of_labels must give floats of shape {_checks.describe(labels.shape)}; "
+                    f"got {raw.dtype} {_checks.describe(raw.shape)}"
                 )
+            # From here on nothing is refused: a batch counts as a whole, or not at all.
+            own, pooled = self._evidence(classes, logits.device)
+            self._open.update(ids or ())
             scores = upward(raw).view(batch, -1)
             usable = known & ~scores.isnan()
             fits = usable & own.store.fits(scores)
@@ -164,9 +168,7 @@ class AnyCalibrator:
                 f"unit_ids must not hold closed units; got {late[:5]}. "
                 "Close a unit only after its last tile"
             )
-        opened = self._open.union(ids)
-        self._limit(self._anonymous + len(opened) + len(self._closed))
-        self._open = opened
+        self._limit(self._anonymous + len(self._open.union(ids)) + len(self._closed))
         return ids
 
     def _limit(self, units: int) -> None:
@@ -177,7 +179,6 @@ class AnyCalibrator:
     def _evidence(self, classes: int, device: torch.device) -> tuple[Evidence, Evidence]:
         """What was seen: per row, and pooled over rows (the same object if there is one row)."""
         if self._seen is None:
-            _checks.check_ignore_index(self.ignore_index, classes)
             self.num_classes = classes
             rows = prod(self._shape)
             tail = self._tail_alpha
@@ -450,6 +451,10 @@ class AnyCalibrator:
         if isinstance(alpha, (int, float)):
             _checks.check_alpha(alpha)
             return [alpha] * rows
+        if not isinstance(alpha, Sequence):
+            raise InputError(
+                f"alpha must be one number or one per class; got {type(alpha).__name__}"
+            )
         levels = list(alpha)
         for value in levels:
             _checks.check_alpha(value)
@@ -510,6 +515,8 @@ def _ids(name: str, ids: Iterable[int] | Tensor) -> list[int]:
     listed = list(ids)
     for unit in listed:
         _checks.check_integer(name, unit)
+        if not -(2**63) <= unit < 2**63:
+            raise InputError(f"{name} must fit in int64; got {unit}")
     return listed
 
 
