@@ -134,13 +134,15 @@ class AnyCalibrator:
             # From here on nothing is refused: a batch counts as a whole, or not at all.
             own, pooled = self._evidence(classes, logits.device)
             self._open.update(ids or ())
-            scores = upward(raw).view(batch, -1)
+            home = own.num_units.device  # where the first batch was, or the state loaded
+            scores, rows = upward(raw).view(batch, -1).to(home), rows.to(home)
+            flat, labelled, known = flat.to(home), labelled.to(home), known.to(home)
             usable = known & ~scores.isnan()
             fits = usable & own.store.fits(scores)
             row = rows.expand(batch, *space).reshape(batch, -1)
             placed = (row >= 0) & (row < own.store.rows)
             faulty = (labelled & ~known, known & ~usable, usable & ~fits, labelled & ~placed)
-            self._faults += torch.stack([fault.sum() for fault in faulty]).to(self._faults.device)
+            self._faults += torch.stack([fault.sum() for fault in faulty])
             valid = fits & placed
             own.add(scores, row, valid, ids)
             if pooled is not own:
@@ -451,13 +453,8 @@ class AnyCalibrator:
         if isinstance(alpha, (int, float)):
             _checks.check_alpha(alpha)
             return [alpha] * rows
-        if not isinstance(alpha, Sequence):
-            raise InputError(
-                f"alpha must be one number or one per class; got {type(alpha).__name__}"
-            )
+        _checks.check_alphas(alpha)
         levels = list(alpha)
-        for value in levels:
-            _checks.check_alpha(value)
         wanted = self._shape[-1] if self.axes[-1:] == ("class",) else None
         if wanted is None:
             raise InputError("alpha must be one number where thresholds have no class axis")
