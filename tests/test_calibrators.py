@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -33,8 +34,6 @@ from cpseg.tuning import GroupClusters, InterpolatedQuantile, annuli, cluster_lo
 C, H, W, G = 3, 4, 5, 2  # all different
 GRID = torch.arange(H * W).view(H, W) % 7 % G
 CLUSTERS = LocationClusters(torch.arange(H * W).view(H, W) % 4)
-
-Any_ = Any  # calibrators differ in their update
 
 KINDS: dict[str, Callable[..., Any]] = {
     "split": SplitCalibrator,
@@ -178,12 +177,12 @@ def test_compute_changes_nothing_and_answers_every_alpha(kind: str, how: dict[st
     fresh = merge_all([calibrator])
     for alpha in alphas:
         assert torch.equal(fresh.compute(alpha).thresholds, found[alpha].thresholds)
-    for small, large in zip(sorted(alphas), sorted(alphas)[1:], strict=False):
+    for small, large in pairwise(sorted(alphas)):
         assert (found[small].thresholds >= found[large].thresholds).all()
     new, _ = data(4, seed=5)
     groups = GRID if "group" in kind else None
     sets = [PixelSetPredictor(found[alpha])(new, groups) for alpha in sorted(alphas)]
-    for larger, smaller in zip(sets, sets[1:], strict=False):
+    for larger, smaller in pairwise(sets):
         assert (larger | ~smaller).all()
 
 
@@ -601,7 +600,7 @@ def test_calibrators_that_differ_are_not_merged(kind: str, argument: str) -> Non
 def test_own_arguments_must_agree_to_merge(one: Any, two: Any, name: str) -> None:
     with pytest.raises(InputError, match=f"other must have {name} = "):
         one.merge(two)
-    with pytest.raises(InputError, match="other must be a .*; got list"):
+    with pytest.raises(InputError, match=r"other must be a .*; got list"):
         one.merge([])
 
 
