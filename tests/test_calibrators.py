@@ -49,7 +49,7 @@ ALL = [
     for store in ("exact", "histogram")
     for unit in ("image", "pixel")
 ]
-IMAGE = [case for case in ALL if case.values[1]["unit"] == "image"]  # type: ignore[index,call-overload]
+IMAGE = [case for case in ALL if case.values[1]["unit"] == "image"]  # type: ignore[index]
 contract = pytest.mark.parametrize(("kind", "how"), ALL)
 by_image = pytest.mark.parametrize(("kind", "how"), IMAGE)
 
@@ -643,10 +643,8 @@ def rare(batch: int, classes: int, seed: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("classes", [3, 7, 21])
 @pytest.mark.parametrize("store", ["exact", "histogram"])
 def test_fallbacks_replace_only_what_is_starved_and_are_listed(classes: int, store: Any) -> None:
-    made = lambda seed: ClassConditionalCalibrator(classes, store=store).update(  # noqa: E731
-        *rare(60, classes, seed)
-    )
-    calibrator, tuning = made(0), made(1)
+    calibrator = ClassConditionalCalibrator(classes, store=store).update(*rare(60, classes, 0))
+    tuning = ClassConditionalCalibrator(classes, store=store).update(*rare(60, classes, 1))
     alpha = 0.1
     own = calibrator.compute(alpha)
     assert own.thresholds.isinf().tolist() == [False] * (classes - 1) + [True]
@@ -658,7 +656,7 @@ def test_fallbacks_replace_only_what_is_starved_and_are_listed(classes: int, sto
         InterpolatedQuantile.fit(tuning, alpha),
         GroupClusters.fit(tuning, 1, min_units=2),
     ):
-        calibration = calibrator.compute(alpha, fallback=fallback)  # type: ignore[arg-type]
+        calibration = calibrator.compute(alpha, fallback=fallback)
         assert torch.equal(calibration.thresholds[:-1], own.thresholds[:-1])
         assert calibration.thresholds[-1].isfinite()
         assert calibration.fallback_groups.tolist() == [False] * (classes - 1) + [True]
