@@ -76,6 +76,7 @@ class AnyCalibrator:
     _closed: set[int]
     _most_units: int = MAX_UNITS
     _tail_alpha: float | None = None
+    _clustered: bool = False
 
     def __init__(
         self,
@@ -113,29 +114,35 @@ class AnyCalibrator:
         self, logits: Tensor, labels: Tensor, rows: Tensor, unit_ids: Sequence[int] | Tensor | None
     ) -> Self:
         """Add a batch whose labels belong to ``rows``, int64 that broadcasts to ``(B, *S)``."""
-        ids = self._admit(unit_ids, logits.shape[0])
         batch, classes, *space = logits.shape
+        ids = self._admit(unit_ids, batch)
         if labels.numel() == 0:
+            self._open.update(ids or ())
             return self
-        own, pooled = self._evidence(classes, logits.device)
+        _checks.check_ignore_index(self.ignore_index, classes)
         with torch.no_grad():
             flat = labels.long().reshape(batch, -1)
             labelled = flat != self.ignore_index
             known = labelled & (flat >= 0) & (flat < classes)
             wanted = (flat * known).view(labels.shape)
             raw = self.score.of_labels(logits, wanted)
-            if raw.shape != labels.shape:
+            if raw.shape != labels.shape or raw.dtype not in _checks.FLOATS:
                 raise InputError(
-                    f"score.of_labels must give shape {_checks.describe(labels.shape)}; "
-                    f"got {_checks.describe(raw.shape)}"
+                    f"score.of_labels must give floats of shape {_checks.describe(labels.shape)}; "
+                    f"got {raw.dtype} {_checks.describe(raw.shape)}"
                 )
-            scores = upward(raw).view(batch, -1)
+            # From here on nothing is refused: a batch counts as a whole, or not at all.
+            own, pooled = self._evidence(classes, logits.device)
+            self._open.update(ids or ())
+            home = own.num_units.device  # where the first batch was, or the state loaded
+            scores, rows = upward(raw).view(batch, -1).to(home), rows.to(home)
+            flat, labelled, known = flat.to(home), labelled.to(home), known.to(home)
             usable = known & ~scores.isnan()
             fits = usable & own.store.fits(scores)
             row = rows.expand(batch, *space).reshape(batch, -1)
             placed = (row >= 0) & (row < own.store.rows)
             faulty = (labelled & ~known, known & ~usable, usable & ~fits, labelled & ~placed)
-            self._faults += torch.stack([fault.sum() for fault in faulty]).to(self._faults.device)
+            self._faults += torch.stack([fault.sum() for fault in faulty])
             valid = fits & placed
             own.add(scores, row, valid, ids)
             if pooled is not own:
@@ -163,9 +170,7 @@ class AnyCalibrator:
                 f"unit_ids must not hold closed units; got {late[:5]}. "
                 "Close a unit only after its last tile"
             )
-        opened = self._open.union(ids)
-        self._limit(self._anonymous + len(opened) + len(self._closed))
-        self._open = opened
+        self._limit(self._anonymous + len(self._open.union(ids)) + len(self._closed))
         return ids
 
     def _limit(self, units: int) -> None:
@@ -176,7 +181,6 @@ class AnyCalibrator:
     def _evidence(self, classes: int, device: torch.device) -> tuple[Evidence, Evidence]:
         """What was seen: per row, and pooled over rows (the same object if there is one row)."""
         if self._seen is None:
-            _checks.check_ignore_index(self.ignore_index, classes)
             self.num_classes = classes
             rows = prod(self._shape)
             tail = self._tail_alpha
@@ -440,6 +444,7 @@ class AnyCalibrator:
             fallback_groups=self._lay_out(replaced),
             max_share=self._max_share.clone(),
             source=self.source,
+            clustered=self._clustered,
         )
 
     def _alphas(self, alpha: float | Sequence[float]) -> list[float]:
@@ -448,9 +453,8 @@ class AnyCalibrator:
         if isinstance(alpha, (int, float)):
             _checks.check_alpha(alpha)
             return [alpha] * rows
+        _checks.check_alphas(alpha)
         levels = list(alpha)
-        for value in levels:
-            _checks.check_alpha(value)
         wanted = self._shape[-1] if self.axes[-1:] == ("class",) else None
         if wanted is None:
             raise InputError("alpha must be one number where thresholds have no class axis")
@@ -508,6 +512,8 @@ def _ids(name: str, ids: Iterable[int] | Tensor) -> list[int]:
     listed = list(ids)
     for unit in listed:
         _checks.check_integer(name, unit)
+        if not -(2**63) <= unit < 2**63:
+            raise InputError(f"{name} must fit in int64; got {unit}")
     return listed
 
 

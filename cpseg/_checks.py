@@ -6,6 +6,7 @@ Values are checked where they are used, without waiting for a device: see
 
 from collections.abc import Sequence
 from math import inf
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -117,3 +118,11 @@ def check_alpha(alpha: object, name: str = "alpha") -> None:
     """A level strictly between 0 and 1."""
     if not isinstance(alpha, (float, int)) or isinstance(alpha, bool) or not 0 < alpha < 1:
         raise InputError(f"{name} must lie strictly between 0 and 1; got {alpha!r}")
+
+
+def check_alphas(alpha: object) -> None:
+    """A sequence of levels."""
+    if not isinstance(alpha, Sequence):
+        raise InputError(f"alpha must be one number or one per class; got {type(alpha).__name__}")
+    for value in cast("Sequence[object]", alpha):
+        check_alpha(value)

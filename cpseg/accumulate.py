@@ -10,7 +10,7 @@ All state is int64, so any order of updates and merges gives the identical state
 """
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol, Self, TypeVar, final
 
 import torch
@@ -33,9 +33,8 @@ def upward(scores: Tensor) -> Tensor:
     single = scores.float() + 0.0  # + 0.0 turns -0.0 into 0.0, so that equal scores are one cell
     if scores.dtype != torch.float64:
         return single
-    return torch.where(
-        single < scores, single.nextafter(torch.full_like(single, torch.inf)), single
-    )
+    above = single.nextafter(torch.full_like(single, torch.inf)) + 0.0
+    return torch.where(single < scores, above, single)
 
 
 def _ordered(scores: Tensor) -> Tensor:
@@ -257,7 +256,8 @@ class Exact:
     def absorb(self, state: Mapping[str, Tensor]) -> None:
         """Add the :meth:`state` of a store of the same rows."""
         device = self._keys.device
-        self.add(state["keys"].to(device), state["mass"].to(device))
+        # A copy: what waits to be sorted in must not change with the caller's state.
+        self.add(state["keys"].to(device, copy=True), state["mass"].to(device, copy=True))
 
 
 @final
@@ -427,7 +427,7 @@ def merge_all(accumulators: Iterable[_Kind]) -> _Kind:
     items = list(accumulators)
     if not items:
         raise InputError("accumulators must hold at least one; got none")
-    merged = type(items[0]).from_state_dict(items[0].state_dict())
+    merged = _another(items[0], items[0].state_dict())
     for item in items[1:]:
         merged = merged.merge(item)
     return merged
@@ -447,8 +447,14 @@ def gather(accumulator: _Kind) -> _Kind:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return merge_all([accumulator])
-    kind = type(accumulator)
-    return merge_all(kind.from_state_dict(state) for state in _all_states(accumulator.state_dict()))
+    return merge_all(_another(accumulator, s) for s in _all_states(accumulator.state_dict()))
+
+
+def _another(like: _Kind, state: Mapping[str, object]) -> _Kind:
+    """The accumulator that gave this state: a score of the user's own is not in it, but here."""
+    build: Callable[..., _Kind] = type(like).from_state_dict
+    score = getattr(like, "score", None)
+    return build(state) if score is None else build(state, score=score)
 
 
 def _all_states(state: dict[str, object]) -> list[dict[str, object]]:
@@ -465,6 +471,10 @@ def _all_states(state: dict[str, object]) -> list[dict[str, object]]:
     received = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(received, padded)
     return [
-        torch.load(io.BytesIO(data[: int(size)].cpu().numpy().tobytes()), weights_only=True)
+        torch.load(
+            io.BytesIO(data[: int(size)].cpu().numpy().tobytes()),
+            map_location=device,  # another rank's device may not exist here
+            weights_only=True,
+        )
         for data, size in zip(received, sizes, strict=True)
     ]

@@ -83,6 +83,7 @@ class Calibration:
         max_share: Largest share of a calibration image's labelled pixels that each class had.
             float64 ``(C,)``.
         source: What the logits came from, where that matters (a cache that rounds names itself).
+        clustered: Whether locations share thresholds; counts are then those of the cluster.
     """
 
     thresholds: Tensor
@@ -98,6 +99,7 @@ class Calibration:
     fallback_groups: Tensor
     max_share: Tensor
     source: str | None
+    clustered: bool = False
 
     @property
     def guarantee(self) -> Guarantee:
@@ -105,7 +107,7 @@ class Calibration:
         own = self.num_units[~self.fallback_groups]
         counted = own if own.numel() else self.num_units.flatten()
         return Guarantee(
-            event=_event(self.axes, self.unit, self.alpha),
+            event=_event(self.axes, self.unit, self.alpha, clustered=self.clustered),
             level=_level(self.alpha),
             unit=self.unit,
             n=(int(counted.min()), int(counted.max())),
@@ -128,6 +130,7 @@ class Calibration:
             "ignore_index": self.ignore_index,
             "fallback": self.fallback,
             "source": self.source,
+            "clustered": self.clustered,
             **{name: _to_json(getattr(self, name)) for name in _TENSORS},
         }
         target = Path(path)
@@ -166,6 +169,7 @@ class Calibration:
                 ignore_index=content["ignore_index"],
                 fallback=content["fallback"],
                 source=content["source"],
+                clustered=content["clustered"],
                 **{name: _from_json(content[name], dtype) for name, dtype in _TENSORS.items()},
             )
         except (KeyError, TypeError, RuntimeError) as error:
@@ -244,6 +248,7 @@ _ASSUMPTIONS = {
 _PLACE: dict[tuple[str, ...], str] = {
     (): "{share} pixels",
     ("class",): "for each class, {share} pixels of that class",
+    ("location",): "for each cluster of locations, {share} pixels in that cluster",
     ("group",): "for each group, {share} pixels in that group",
     ("group", "class"): "for each group and class, {share} pixels of that class in that group",
 }
@@ -254,10 +259,14 @@ def _level(alpha: float | tuple[float, ...]) -> float | tuple[float, ...]:
 
 
 def _event(
-    axes: tuple[str, ...], unit: Literal["image", "pixel"], alpha: float | tuple[float, ...]
+    axes: tuple[str, ...],
+    unit: Literal["image", "pixel"],
+    alpha: float | tuple[float, ...],
+    *,
+    clustered: bool,
 ) -> str:
     most = "alpha[class]" if isinstance(alpha, tuple) else f"{alpha:g}"
-    if axes == ("location",):
+    if axes == ("location",) and not clustered:
         event = f"at each location, the class of a new image is missing from its set with probability at most {most}"
     elif unit == "image":
         has = " that has such pixels" if axes else ""

@@ -147,8 +147,9 @@ class ClassConditionalCalibrator(AnyCalibrator):
     ) -> Self:
         """See a batch; arguments as for :meth:`SplitCalibrator.update`."""
         check_batch(logits, labels, self.num_classes)
-        known = (labels >= 0) & (labels < logits.shape[1])
-        return self._see(logits, labels, labels.long() * known, unit_ids)
+        rows = labels.long()  # first: 200 compared as int8 is -56
+        known = (rows >= 0) & (rows < logits.shape[1])
+        return self._see(logits, labels, rows * known, unit_ids)
 
     def _arguments(self) -> dict[str, Any]:
         return {**super()._arguments(), "num_classes": self._declared_classes}
@@ -230,9 +231,10 @@ class GroupCalibrator(AnyCalibrator):
         rows = groups.long()
         if self._declared_classes is not None:
             classes = self._declared_classes
-            known = (labels >= 0) & (labels < classes)
+            wide = labels.long()  # first: 200 compared as int8 is -56
+            known = (wide >= 0) & (wide < classes)
             inside = (rows >= 0) & (rows < self.num_groups)
-            rows = torch.where(inside, rows * classes + labels.long() * known, -1)
+            rows = torch.where(inside, rows * classes + wide * known, -1)
         return self._see(logits, labels, rows, unit_ids)
 
     def _arguments(self) -> dict[str, Any]:
@@ -305,6 +307,7 @@ class LocationCalibrator(AnyCalibrator):
                 "clusters.map", clusters.map, self.shape, f"shape {_checks.describe(self.shape)}"
             )
             self._map = clusters.map.long().cpu()
+            self._clustered = True
             self._shape = (int(self._map.max()) + 1,)
         super().__init__(
             score=score, unit=unit, store=store, ignore_index=ignore_index, source=source

@@ -22,7 +22,7 @@ from cpseg.calibrators import (
     LocationClusters,
 )
 from cpseg.errors import InputError
-from cpseg.quantile import level
+from cpseg.quantile import MAX_UNITS, level
 
 __all__ = [
     "GroupClusters",
@@ -183,6 +183,11 @@ class GroupClusters:
         inside = assignment >= 0
         pairs = torch.zeros(count, dtype=torch.int64, device=assignment.device)
         pairs.index_add_(0, assignment[inside], own.num_units[inside])
+        if own.unit_mass > 1 and int(pairs.max()) > MAX_UNITS:
+            raise InputError(
+                f"fallback must have at most {MAX_UNITS} pairs of an image and a group in a "
+                f"cluster; got {int(pairs.max())}. Fit more clusters"
+            )
         members = torch.bincount(assignment[inside], minlength=count).tolist()
         store = own.store.pool(assignment, count)
         result = torch.empty(own.store.rows, device=assignment.device)
