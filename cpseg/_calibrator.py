@@ -76,6 +76,7 @@ class AnyCalibrator:
     _closed: set[int]
     _most_units: int = MAX_UNITS
     _tail_alpha: float | None = None
+    _clustered: bool = False
 
     def __init__(
         self,
@@ -438,6 +439,7 @@ class AnyCalibrator:
             fallback_groups=self._lay_out(replaced),
             max_share=self._max_share.clone(),
             source=self.source,
+            clustered=self._clustered,
         )
 
     def _alphas(self, alpha: float | Sequence[float]) -> list[float]:
