@@ -309,6 +309,7 @@ class LocationCalibrator(AnyCalibrator):
             self._map = clusters.map.long().cpu()
             self._clustered = True
             self._shape = (int(self._map.max()) + 1,)
+            self._clustered = True
         super().__init__(
             score=score, unit=unit, store=store, ignore_index=ignore_index, source=source
         )
