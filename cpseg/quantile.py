@@ -113,6 +113,7 @@ def conformal_quantile(scores: Tensor, alpha: float) -> Tensor:
         >>> conformal_quantile(torch.tensor([3.0, 1.0, 2.0]), 0.2)
         tensor(inf)
     """
+    _checks.check_tensor("scores", scores)
     return weighted_quantile(
         scores,
         torch.ones(scores.shape, dtype=torch.int64, device=scores.device),
