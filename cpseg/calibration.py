@@ -110,7 +110,7 @@ class Calibration:
         finite = self.thresholds[self.thresholds.isfinite()]
         span = f" in [{finite.min():.4g}, {finite.max():.4g}]" if finite.numel() else ""
         few, many = int(self.num_units.min()), int(self.num_units.max())
-        alpha = f"{self.alpha}" if isinstance(self.alpha, float) else _span(self.alpha)
+        alpha = _span(self.alpha) if isinstance(self.alpha, tuple) else f"{self.alpha}"
         return (
             f"Calibration(axes={self.axes}, alpha={alpha}, score={self.score!r}, "
             f"num_classes={self.num_classes}: {finite.numel()} of {self.thresholds.numel()} "
@@ -386,7 +386,12 @@ def _for_images(axes: tuple[str, ...]) -> str:
     """What pooled pixels promise: CRC on equal images, by the monotone share of missed pixels."""
     if "class" in axes:
         return "nothing is promised"
-    there = {(): "", ("group",): " in the group", ("location",): " in the cluster"}[axes]
+    places: dict[tuple[str, ...], str] = {
+        (): "",
+        ("group",): " in the group",
+        ("location",): " in the cluster",
+    }
+    there = places[axes]
     return (
         "the probability is at most alpha + (1 - alpha) / (m + 1) if all images, m of them for "
         f"calibration, have equally many labelled pixels{there}, and nothing is promised otherwise"

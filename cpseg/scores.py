@@ -68,7 +68,7 @@ class LAC:
         return 0.0, 1.0
 
     def tolerance(self, num_classes: int) -> float:
-        """Two sums of C exponentials, each within C roundings of the exact one."""
+        """Two sums of C exponentials, each within C roundings of the exact one, and a quotient."""
         return _softmax_tolerance(num_classes)
 
     def _all(self, x: Tensor, _: Tensor) -> Tensor:
@@ -482,7 +482,7 @@ def _softmax(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _softmax_tolerance(num_classes: int) -> float:
-    return (num_classes + 16) * _ULP
+    return (2 * num_classes + 16) * _ULP
 
 
 def _at(values: Tensor, labels: Tensor) -> Tensor:
