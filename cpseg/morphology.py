@@ -69,7 +69,7 @@ def connected_components(
     else:
         _checks.check_integers("labels", labels)
         inside = _labelled(labels, ignore_index)
-    runs, first = _runs(labels, inside)
+    runs, first = _runs(labels)
     parents = torch.arange(len(first), device=labels.device)
     edges = [
         _touching(labels, inside, runs, offset)
@@ -383,16 +383,15 @@ def _offsets(axes: int, *, diagonal: bool) -> list[tuple[int, ...]]:
     return [offset for offset in around if diagonal or sum(map(abs, offset)) == 1]
 
 
-def _runs(labels: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+def _runs(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Stretches of equal pixels along the last axis.
 
     Returns:
         The run of each pixel, counted along the flattened batch, int64 ``(B, *S)``; and the
         position of each run's first pixel, int64 ``(R,)``.
     """
-    starts = torch.ones_like(inside)
+    starts = torch.ones_like(labels, dtype=torch.bool)
     starts[..., 1:] = labels[..., 1:] != labels[..., :-1]
-    starts[..., 1:] |= inside[..., 1:] != inside[..., :-1]
     runs = starts.flatten().cumsum(0).view(labels.shape) - 1
     return runs, starts.flatten().nonzero().squeeze(1)
 
