@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -79,7 +80,8 @@ SCORES: list[Score] = [
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def computed(kind: str, score: Score, alpha: float = 0.2) -> Calibration:
+@cache
+def computed(kind: str, score: Any, alpha: float = 0.2) -> Calibration:
     data = seen(torch.Generator().manual_seed(1))
     calibration: Calibration = KINDS[kind](score, *data).compute(alpha)
     return calibration
