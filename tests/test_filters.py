@@ -137,7 +137,8 @@ def drawn(
 
 def limits_at(calibration: Calibration, group: int | None, place: tuple[int, ...]) -> list[float]:
     """The thresholds of all classes at one pixel, in plain Python."""
-    values, classes = calibration.thresholds.tolist(), calibration.num_classes or 0
+    values: Any = calibration.thresholds.tolist()
+    classes = calibration.num_classes or 0
     if group is not None and not 0 <= group < NUM_GROUPS:
         return [INF] * classes
     for index in place if calibration.axes == ("location",) else () if group is None else (group,):

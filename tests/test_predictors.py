@@ -106,7 +106,7 @@ def threshold_at(kind: str, values: Any, c: int, group: int, place: tuple[int, .
 @pytest.mark.parametrize("score", SCORES, ids=repr)
 @pytest.mark.parametrize("per_batch", [True, False], ids=["batch", "grid"])
 def test_a_class_is_in_the_set_unless_its_score_exceeds_the_threshold(
-    kind: str, score: Score, *, per_batch: bool
+    kind: str, score: Any, *, per_batch: bool
 ) -> None:
     calibration = computed(kind, score)
     logits, _, groups = seen(torch.Generator().manual_seed(2), batch=6)
