@@ -145,7 +145,8 @@ def limits_at(calibration: Calibration, group: int | None, place: tuple[int, ...
         values = values[index]
     if not isinstance(values, list):
         values = [values]
-    return values if len(values) == classes and "class" in calibration.axes else values * classes
+    limits: list[float] = values if "class" in calibration.axes else values * classes
+    return limits
 
 
 def chosen(name: str, logits: list[float], scores: list[float], limits: list[float]) -> int | None:
