@@ -137,14 +137,16 @@ def drawn(
 
 def limits_at(calibration: Calibration, group: int | None, place: tuple[int, ...]) -> list[float]:
     """The thresholds of all classes at one pixel, in plain Python."""
-    values, classes = calibration.thresholds.tolist(), calibration.num_classes or 0
+    values: Any = calibration.thresholds.tolist()
+    classes = calibration.num_classes or 0
     if group is not None and not 0 <= group < NUM_GROUPS:
         return [INF] * classes
     for index in place if calibration.axes == ("location",) else () if group is None else (group,):
         values = values[index]
     if not isinstance(values, list):
         values = [values]
-    return values if len(values) == classes and "class" in calibration.axes else values * classes
+    limits: list[float] = values if "class" in calibration.axes else values * classes
+    return limits
 
 
 def chosen(name: str, logits: list[float], scores: list[float], limits: list[float]) -> int | None:
@@ -170,7 +172,7 @@ def oracle(name: str, calibration: Calibration, logits: Tensor, groups: Tensor |
     scores = calibration.score(logits)
     labels = torch.full((batch, *space), 255)
     for at in pixels(batch, space):
-        pixel = (at[0], slice(None), *at[1:])
+        pixel: Any = (at[0], slice(None), *at[1:])
         group = None if groups is None else int(groups.expand(batch, *space)[at])
         label = chosen(
             name, logits[pixel].tolist(), scores[pixel].tolist(),
@@ -373,9 +375,8 @@ def test_classes_without_a_finite_threshold_are_never_proposed_nor_counted(name:
 def test_a_calibration_that_saw_nothing_abstains_everywhere(
     name: str, axes: tuple[str, ...]
 ) -> None:
-    sizes = {(): 1, ("class",): 5, ("group",): 3, ("group", "class"): (3, 5), ("location",): (6, 4)}
-    calibration = calibrated(torch.full(torch.Size(torch.zeros(sizes[axes]).shape), INF), axes,
-                             num_classes=5)  # fmt: skip
+    thresholds = torch.full_like(drawn(axes, (6, 4), 5, 0).thresholds, INF)
+    calibration = calibrated(thresholds, axes, num_classes=5)
     logits, groups = batch_of("random", axes, (6, 4), 1)
     decision = FILTERS[name](calibration).decide(logits, groups)
     assert set(decision.labels.flatten().tolist()) == {255}
@@ -515,11 +516,11 @@ def test_the_cut_of_a_batch_into_parts_does_not_show(
         assert decision.reasons.tolist() == expected.reasons.tolist()
 
 
-class Allocated(TorchDispatchMode):
+class Allocated(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The largest tensor that any operation made, in elements, views left out."""
 
     def __init__(self, *known: Tensor | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.known = {t.untyped_storage().data_ptr() for t in known if t is not None}
         self.largest = 0
 
@@ -567,7 +568,7 @@ def test_one_threshold_for_all_classes_needs_no_scores_of_all_classes(
 def test_many_rows_of_pixels_are_taken_together() -> None:
     calls = 0
 
-    class Counting(TorchDispatchMode):
+    class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
@@ -576,7 +577,7 @@ def test_many_rows_of_pixels_are_taken_together() -> None:
             calls += 1
             return func(*args, **(kwargs or {}))
 
-    with Counting():
+    with Counting():  # type: ignore[no-untyped-call]
         Argmax(calibrated([0.5]))(torch.zeros(5000, 3))
     assert calls < 200
 
