@@ -29,9 +29,12 @@ lint: $(VENV)/.dev ## ruff: rules and format
 	$(RUN) -m ruff format --check .
 
 .PHONY: types
-types: $(VENV)/.dev ## mypy, pyright, and that every public name has a type
+types: $(VENV)/.dev ## mypy and pyright, both strict
 	$(RUN) -m mypy
 	$(PYRIGHT) --level error
+
+.PHONY: verifytypes
+verifytypes: $(VENV)/.dev ## whether every public name has a type that all checkers agree on
 	$(PYRIGHT) --verifytypes cpseg --ignoreexternal
 
 .PHONY: docs

@@ -65,6 +65,11 @@ class AnyCalibrator:
     """What the four calibrators share: everything but which row a pixel belongs to."""
 
     axes: tuple[str, ...]
+    score: Score
+    unit: Unit
+    store: Store
+    ignore_index: int
+    source: str | None
     num_classes: int | None
     _shape: tuple[int, ...]  # of the rows: what has a threshold of its own
     _seen: tuple[Evidence, Evidence] | None
@@ -81,6 +86,8 @@ class AnyCalibrator:
     def __init__(
         self,
         *,
+        axes: tuple[str, ...],
+        rows: tuple[int, ...],
         score: Score,
         unit: Unit,
         store: Store,
@@ -99,9 +106,10 @@ class AnyCalibrator:
             raise InputError(
                 f'store must be "exact" for a score without a range; got "histogram" with {score!r}'
             )
+        self.axes, self._shape = axes, rows
         self.score = score
-        self.unit: Unit = unit
-        self.store: Store = store
+        self.unit = unit
+        self.store = store
         self.ignore_index = ignore_index
         self.source = source
         self.num_classes = num_classes

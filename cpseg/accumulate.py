@@ -80,13 +80,15 @@ class Histogram:
                 f"a histogram needs a finite range with low < high; got [{low}, {high}]. "
                 'Use store="exact" for scores without one'
             )
-        self.rows, self.low, self.high = rows, low, high
+        self.rows: int = rows
+        self.low: float = low
+        self.high: float = high
         self._half = float(span) / 2
         self._least = self._half * 2.0**-23
         self._first = int(_mantissa(torch.tensor(self._least)))
         side = int(_mantissa(torch.tensor(self._half))) - self._first + 1
-        self.num_cells = 2 * side + 1  # both sides, and +inf
-        self.mass = torch.zeros(rows * self.num_cells + 1, dtype=torch.int64, device=device)
+        self.num_cells: int = 2 * side + 1  # both sides, and +inf
+        self.mass: Tensor = torch.zeros(rows * self.num_cells + 1, dtype=torch.int64, device=device)
 
     def fits(self, scores: Tensor) -> Tensor:
         """Whether each float32 score can be remembered: in range, or ``+inf``. Bool."""
@@ -178,12 +180,13 @@ class Exact:
         0.25
     """
 
-    num_cells = 2**32
+    num_cells: int = 2**32
 
     def __init__(
         self, rows: int, tail: int | None = None, device: torch.device | str = "cpu"
     ) -> None:
-        self.rows, self.tail = rows, tail
+        self.rows: int = rows
+        self.tail: int | None = tail
         self._keys = torch.zeros(0, dtype=torch.int64, device=device)
         self._mass = torch.zeros(0, dtype=torch.int64, device=device)
         self._waiting: list[tuple[Tensor, Tensor]] = []
@@ -273,11 +276,11 @@ class Evidence:
     def __init__(
         self, store: Histogram | Exact, *, by_unit: bool, device: torch.device | str
     ) -> None:
-        self.store = store
-        self.by_unit = by_unit
-        self.unit_mass = UNIT_MASS if by_unit else 1
-        self.num_units = torch.zeros(store.rows, dtype=torch.int64, device=device)
-        self.num_pixels = torch.zeros(store.rows, dtype=torch.int64, device=device)
+        self.store: Histogram | Exact = store
+        self.by_unit: bool = by_unit
+        self.unit_mass: int = UNIT_MASS if by_unit else 1
+        self.num_units: Tensor = torch.zeros(store.rows, dtype=torch.int64, device=device)
+        self.num_pixels: Tensor = torch.zeros(store.rows, dtype=torch.int64, device=device)
         # Tiles of units that are still open: keys and how many pixels each has seen.
         self._open: dict[int, tuple[Tensor, Tensor]] = {}
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cpseg.errors import FileError, InputError
 from cpseg.protocols import Score
+from cpseg.quantile import level
 from cpseg.scores import APS, LAC, RAPS, SAPS, Margin, TopK
 
 __all__ = ["Calibration", "Guarantee", "describe_score", "score_from_description"]
@@ -30,7 +31,8 @@ class Guarantee:
     Attributes:
         event: What is bounded, and by how much.
         level: ``1 - alpha``, one for all or one per class.
-        unit: What is exchangeable: ``"image"`` or ``"pixel"``.
+        unit: What is exchangeable: ``"image"`` or ``"pixel"``. For single locations it is the
+            image either way: an image has one pixel there.
         n: Number of calibration units behind it: the fewest and the most over groups.
         probability: What the statement is over.
         assumptions: What must be true for it.
@@ -48,9 +50,10 @@ class Guarantee:
     def __str__(self) -> str:
         few, many = self.n
         units = f"{many}" if few == many else f"{few} to {many}"
+        noun = self.unit if few == many == 1 else f"{self.unit}s"
         parts = [
-            f"{self.event}, {self.probability} ({units} calibration {self.unit}s).",
-            "Assumes: " + "; ".join(self.assumptions) + ".",
+            f"{self.event}, {self.probability} ({units} calibration {noun}).",
+            f"Assumptions: {'; '.join(self.assumptions)}.",
             *self.exceptions,
         ]
         return " ".join(parts)
@@ -83,7 +86,8 @@ class Calibration:
         max_share: Largest share of a calibration image's labelled pixels that each class had.
             float64 ``(C,)``.
         source: What the logits came from, where that matters (a cache that rounds names itself).
-        clustered: Whether locations share thresholds; counts are then those of the cluster.
+        clustered: Whether locations share thresholds in clusters; then what is promised holds on
+            average over a cluster, not at each location.
     """
 
     thresholds: Tensor
@@ -101,19 +105,34 @@ class Calibration:
     source: str | None
     clustered: bool = False
 
+    def __repr__(self) -> str:
+        """One line: what was asked for, and what came out."""
+        finite = self.thresholds[self.thresholds.isfinite()]
+        span = f" in [{finite.min():.4g}, {finite.max():.4g}]" if finite.numel() else ""
+        few, many = int(self.num_units.min()), int(self.num_units.max())
+        alpha = _span(self.alpha) if isinstance(self.alpha, tuple) else f"{self.alpha}"
+        return (
+            f"Calibration(axes={self.axes}, alpha={alpha}, score={self.score!r}, "
+            f"num_classes={self.num_classes}: {finite.numel()} of {self.thresholds.numel()} "
+            f"thresholds finite{span}, {few if few == many else f'{few} to {many}'} {self.unit}s, "
+            f"fallback={self.fallback})"
+        )
+
     @property
     def guarantee(self) -> Guarantee:
         """What is promised, about what, and under which assumptions."""
         own = self.num_units[~self.fallback_groups]
         counted = own if own.numel() else self.num_units.flatten()
+        unit = _unit(self)
         return Guarantee(
-            event=_event(self.axes, self.unit, self.alpha, clustered=self.clustered),
+            event=_event(self, unit),
             level=_level(self.alpha),
-            unit=self.unit,
+            unit=unit,
             n=(int(counted.min()), int(counted.max())),
-            probability=_OVER[self.unit],
-            assumptions=_ASSUMPTIONS[self.unit],
-            exceptions=_exceptions(self),
+            probability=f"{'over' if _is_single(self) else _OVER[unit]} the calibration "
+            f"{unit}s and the new one",
+            assumptions=_assumptions(self, unit),
+            exceptions=_exceptions(self, unit),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -134,10 +153,12 @@ class Calibration:
             **{name: _to_json(getattr(self, name)) for name in _TENSORS},
         }
         target = Path(path)
-        text = json.dumps({**content, "sha256": _digest(content)}, indent=1, allow_nan=False)
+        fields = {**content, "sha256": _digest(content)}
+        lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
+        text = "{\n" + ",\n".join(lines) + "\n}\n"
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:
-            partial.write_text(text + "\n", encoding="utf-8")
+            partial.write_text(text, encoding="utf-8")
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
@@ -154,7 +175,8 @@ class Calibration:
             The calibration, exactly as it was saved, on the CPU.
 
         Raises:
-            FileError: If the file is no calibration, damaged, or of a later version.
+            FileError: If the file is no calibration, damaged, or of another version.
+            OSError: If there is no such file, or it cannot be read.
             InputError: If ``score`` is needed and missing, or is another one.
         """
         content = _read(Path(path))
@@ -172,7 +194,9 @@ class Calibration:
                 clustered=content["clustered"],
                 **{name: _from_json(content[name], dtype) for name, dtype in _TENSORS.items()},
             )
-        except (KeyError, TypeError, RuntimeError) as error:
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise FileError(f"{path} is not a complete calibration: {error}") from error
 
 
@@ -186,13 +210,23 @@ _TENSORS = {
 
 
 def describe_score(score: Score) -> dict[str, Any]:
-    """A score as plain data: its name, and its parameters if it is a dataclass."""
+    """A score as plain data: its name, and its parameters if it is a dataclass.
+
+    Raises:
+        InputError: If a parameter is not plain data (numbers, strings, lists, ...).
+    """
     kind = type(score)
     name = kind.__name__ if kind in _BUILT_IN.values() else f"{kind.__module__}.{kind.__qualname__}"
     instance: Any = score
     parameters: dict[str, Any] = {}
     if is_dataclass(instance) and not isinstance(instance, type):
         parameters = asdict(instance)
+    try:  # as they will be read back: tuples become lists
+        parameters = json.loads(json.dumps(parameters, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"score must have parameters that JSON can hold to be saved; got {name}: {error}"
+        ) from error
     return {"name": name, "parameters": parameters}
 
 
@@ -229,88 +263,151 @@ def _call(description: Mapping[str, Any]) -> str:
 
 # --- the statement -------------------------------------------------------------------------------
 
-_OVER = {
-    "image": "in expectation over the calibration images and the new one",
-    "pixel": "only if pixels were exchangeable one by one, which pixels of one image are not",
-}
-_ASSUMPTIONS = {
-    "image": (
-        "calibration and new images exchangeable (an image stands for what unit_ids named)",
-        "alpha, score and groups chosen without the calibration labels",
-        "logits of the new image computed as those of the calibration images",
+_OVER = {"image": "in expectation over", "pixel": "over"}
+_PLACES: dict[tuple[str, ...], str] = {  # "in a new image ..."
+    (): "In a new image, the share of labelled pixels whose class is missing from their set",
+    ("class",): (
+        "For each class, in a new image that contains it, the share of its labelled pixels whose "
+        "set misses it"
     ),
-    "pixel": (
-        "every labelled pixel exchangeable with every other",
-        "alpha, score and groups chosen without the calibration labels",
-        "logits of the new image computed as those of the calibration images",
+    ("group",): (
+        "For each group, in a new image with labelled pixels there, the share of them whose class "
+        "is missing from their set"
+    ),
+    ("group", "class"): (
+        "For each group and class, in a new image with labelled pixels of that class in that "
+        "group, the share of them whose set misses it"
+    ),
+    ("location",): (
+        "For each cluster of locations, in a new image with labelled pixels there, the share of "
+        "them whose class is missing from their set"
     ),
 }
-_PLACE: dict[tuple[str, ...], str] = {
-    (): "{share} pixels",
-    ("class",): "for each class, {share} pixels of that class",
-    ("location",): "for each cluster of locations, {share} pixels in that cluster",
-    ("group",): "for each group, {share} pixels in that group",
-    ("group", "class"): "for each group and class, {share} pixels of that class in that group",
+_PIXELS: dict[tuple[str, ...], str] = {
+    (): "A new labelled pixel has a set that misses its class",
+    ("class",): "For each class, a new labelled pixel of that class has a set that misses it",
+    ("group",): "For each group, a new labelled pixel there has a set that misses its class",
+    ("group", "class"): (
+        "For each group and class, a new labelled pixel of that class in that group has a set "
+        "that misses it"
+    ),
+    ("location",): (
+        "For each cluster of locations, a new labelled pixel there has a set that misses its class"
+    ),
 }
+
+
+def _is_single(calibration: Calibration) -> bool:
+    """Whether each location has a threshold of its own."""
+    return calibration.axes == ("location",) and not calibration.clustered
+
+
+def _unit(calibration: Calibration) -> Literal["image", "pixel"]:
+    # An image has one pixel at a location, so counting pixels there counts images.
+    return "image" if _is_single(calibration) else calibration.unit
 
 
 def _level(alpha: float | tuple[float, ...]) -> float | tuple[float, ...]:
-    return tuple(1 - a for a in alpha) if isinstance(alpha, tuple) else 1 - alpha
+    if isinstance(alpha, tuple):
+        return tuple(float(1 - level(value)) for value in alpha)
+    return float(1 - level(alpha))
 
 
-def _event(
-    axes: tuple[str, ...],
-    unit: Literal["image", "pixel"],
-    alpha: float | tuple[float, ...],
-    *,
-    clustered: bool,
-) -> str:
-    most = "alpha[class]" if isinstance(alpha, tuple) else f"{alpha:g}"
-    if axes == ("location",) and not clustered:
-        event = f"at each location, the class of a new image is missing from its set with probability at most {most}"
-    elif unit == "image":
-        has = " that has such pixels" if axes else ""
-        place = _PLACE[axes].format(share=f"of a new image{has}, the expected share of labelled")
-        event = f"{place} whose class is missing from their set is at most {most}"
-    else:
-        place = _PLACE[axes].format(share="the expected share of new labelled")
-        event = f"{place} whose class is missing from their set is at most {most}"
-    return event[0].upper() + event[1:]
+def _span(values: tuple[float, ...]) -> str:
+    least, most = min(values), max(values)
+    return f"{least}" if least == most else f"{least} to {most}"
 
 
-def _exceptions(calibration: Calibration) -> tuple[str, ...]:
+def _event(calibration: Calibration, unit: Literal["image", "pixel"]) -> str:
+    alpha = calibration.alpha
+    most = f"alpha of that class ({_span(alpha)})" if isinstance(alpha, tuple) else f"{alpha}"
+    if _is_single(calibration):
+        return (
+            "For each location, in a new image labelled there, the class is missing from its set "
+            f"with probability at most {most}"
+        )
+    if unit == "pixel":
+        return f"{_PIXELS[calibration.axes]} with probability at most {most}"
+    return f"{_PLACES[calibration.axes]} is at most {most}"
+
+
+def _assumptions(calibration: Calibration, unit: Literal["image", "pixel"]) -> tuple[str, ...]:
+    fixed = "alpha and score"
+    if "group" in calibration.axes:
+        fixed = "alpha, score and groups"
+    elif calibration.clustered:
+        fixed = "alpha, score and clusters"
+    what = (
+        "the calibration images and the new one are exchangeable (an image being what unit_ids "
+        "named, where they were given)"
+        if unit == "image"
+        else "the calibration pixels and the new one are exchangeable, each with every other"
+    )
+    source = "" if calibration.source is None else f", by {calibration.source}"
+    return (
+        what,
+        f"{fixed} were chosen without the calibration labels",
+        f"the new logits are computed as those for calibration were{source}",
+    )
+
+
+def _exceptions(calibration: Calibration, unit: Literal["image", "pixel"]) -> tuple[str, ...]:
+    axes = calibration.axes
+    starved = calibration.thresholds.isinf()
+    replaced = calibration.fallback_groups & ~starved
+    few = f"with so few calibration {unit}s"
     lines: list[str] = []
-    starved = calibration.thresholds.isinf() & ~calibration.fallback_groups
     if starved.any():
+        place = f" for {_where(axes, starved)}" if axes else ""
+        there = " there" if axes else ""
+        result = "kept in every set" if "class" in axes else f"every set{there} is full"
+        lines.append(f"No finite threshold can promise this{place} {few}: {result}.")
+    if replaced.any():
         lines.append(
-            f"{_where(calibration, starved)}: too few units for a finite threshold, "
-            "so every set there holds every such class."
+            f"Nothing is promised for {_where(axes, replaced)}: {few} the threshold comes from "
+            f'the fallback "{calibration.fallback}".'
         )
-    if calibration.fallback_groups.any():
+    if unit == "pixel":
         lines.append(
-            f"{_where(calibration, calibration.fallback_groups)}: threshold from the fallback "
-            f"{calibration.fallback}, which promises nothing there, nor for images as a whole."
+            "Pixels of one image are not exchangeable with those of another, so for pixels that "
+            f"come in images {_for_images(axes)}."
         )
-    if calibration.unit == "pixel":
+    elif axes == ("location",) and not replaced.any():
         lines.append(
-            "Pooled pixels promise less than they seem to: for images with equally many labelled "
-            "pixels at most alpha + (1 - alpha) / (images + 1) in expectation, else nothing."
+            "It implies the same for an image as a whole where every image is labelled everywhere, "
+            "and not in general otherwise."
         )
-    elif calibration.axes:
-        lines.append("It does not imply the same share for a whole image.")
+    elif axes:
+        lines.append("It does not imply the same for an image as a whole.")
     return tuple(lines)
 
 
-def _where(calibration: Calibration, mask: Tensor) -> str:
-    if calibration.axes == ():
-        return "Everywhere"
-    places = mask.nonzero().tolist()
-    name = " and ".join(calibration.axes) if calibration.axes != ("location",) else "location"
-    shown = ", ".join(
-        str(place[0]) if len(place) == 1 else str(tuple(place)) for place in places[:12]
+def _for_images(axes: tuple[str, ...]) -> str:
+    """What pooled pixels promise: CRC on equal images, by the monotone share of missed pixels."""
+    if "class" in axes:
+        return "nothing is promised"
+    places: dict[tuple[str, ...], str] = {
+        (): "",
+        ("group",): " in the group",
+        ("location",): " in the cluster",
+    }
+    there = places[axes]
+    return (
+        "the probability is at most alpha + (1 - alpha) / (m + 1) if all images, m of them for "
+        f"calibration, have equally many labelled pixels{there}, and nothing is promised otherwise"
     )
+
+
+def _where(axes: tuple[str, ...], mask: Tensor) -> str:
+    """The marked places, the first twelve by name."""
+    places = [place[0] if len(place) == 1 else tuple(place) for place in mask.nonzero().tolist()]
+    if axes == ("group", "class"):
+        name = "(group, class)"
+    else:
+        plural = {"class": "classes", "group": "groups", "location": "locations"}
+        name = axes[0] if len(places) == 1 else plural[axes[0]]
     more = f" and {len(places) - 12} more" if len(places) > 12 else ""
-    return f"{name[0].upper()}{name[1:]} {shown}{more}"
+    return f"{name} {', '.join(map(str, places[:12]))}{more}"
 
 
 # --- the file ------------------------------------------------------------------------------------
@@ -337,7 +434,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content: Any = json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # undecodable, no JSON, or absurdly large or deep
         raise FileError(f"{path} is not a cpseg calibration, or is damaged: {error}") from error
     if not isinstance(content, dict) or cast("dict[str, Any]", content).get("format") != _FORMAT:
         raise FileError(f"{path} is not a cpseg calibration")
@@ -347,6 +444,10 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} has version {fields.get('version')}; this cpseg reads version {_VERSION}"
         )
     recorded = fields.pop("sha256", None)
-    if recorded != _digest(fields):
+    try:
+        intact = recorded == _digest(fields)
+    except (ValueError, RecursionError):  # NaN or an overflow, which we never write
+        intact = False
+    if not intact:
         raise FileError(f"{path} is damaged: its content does not match its SHA-256")
     return fields

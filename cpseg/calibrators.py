@@ -68,10 +68,14 @@ class SplitCalibrator(AnyCalibrator):
         ignore_index: int = 255,
         source: str | None = None,
     ) -> None:
-        self.axes = ()
-        self._shape = (1,)
         super().__init__(
-            score=score, unit=unit, store=store, ignore_index=ignore_index, source=source
+            axes=(),
+            rows=(1,),
+            score=score,
+            unit=unit,
+            store=store,
+            ignore_index=ignore_index,
+            source=source,
         )
 
     def update(
@@ -131,9 +135,9 @@ class ClassConditionalCalibrator(AnyCalibrator):
         ignore_index: int = 255,
         source: str | None = None,
     ) -> None:
-        self.axes = ("class",)
-        self._shape = (num_classes,)
         super().__init__(
+            axes=("class",),
+            rows=(num_classes,),
             score=score,
             unit=unit,
             store=store,
@@ -196,10 +200,10 @@ class GroupCalibrator(AnyCalibrator):
         source: str | None = None,
     ) -> None:
         _checks.check_integer("num_groups", num_groups, 1)
-        self.num_groups = num_groups
-        self.axes = ("group",) if num_classes is None else ("group", "class")
-        self._shape = (num_groups,) if num_classes is None else (num_groups, num_classes)
+        self.num_groups: int = num_groups
         super().__init__(
+            axes=("group",) if num_classes is None else ("group", "class"),
+            rows=(num_groups,) if num_classes is None else (num_groups, num_classes),
             score=score,
             unit=unit,
             store=store,
@@ -290,15 +294,16 @@ class LocationCalibrator(AnyCalibrator):
         ignore_index: int = 255,
         source: str | None = None,
     ) -> None:
-        self.axes = ("location",)
-        self.shape = tuple(shape)
+        self.shape: tuple[int, ...] = tuple(shape)
         for size in self.shape:
             _checks.check_integer("shape", size, 1)
         _checks.check_alpha(max_alpha, "max_alpha")
         _checks.check_integer("max_units", max_units, 1)
-        self.clusters, self.max_alpha, self.max_units = clusters, max_alpha, max_units
+        self.clusters: LocationClusters | None = clusters
+        self.max_alpha: float = max_alpha
+        self.max_units: int = max_units
         if clusters is None:
-            self._shape = self.shape
+            rows = self.shape
             self._most_units = min(max_units, MAX_UNITS)
             self._tail_alpha = max_alpha
             self._map = torch.arange(prod(self.shape)).view(self.shape)
@@ -308,9 +313,15 @@ class LocationCalibrator(AnyCalibrator):
             )
             self._map = clusters.map.long().cpu()
             self._clustered = True
-            self._shape = (int(self._map.max()) + 1,)
+            rows = (int(self._map.max()) + 1,)
         super().__init__(
-            score=score, unit=unit, store=store, ignore_index=ignore_index, source=source
+            axes=("location",),
+            rows=rows,
+            score=score,
+            unit=unit,
+            store=store,
+            ignore_index=ignore_index,
+            source=source,
         )
 
     def update(

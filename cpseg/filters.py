@@ -23,7 +23,7 @@ from torch import Tensor
 from cpseg import _checks
 from cpseg.calibration import Calibration
 from cpseg.errors import InputError
-from cpseg.predictors import thresholds_of
+from cpseg.predictors import check_input, thresholds_of
 
 __all__ = [
     "AreaGuard",
@@ -181,7 +181,9 @@ class BackgroundPriority:
 
     def __post_init__(self) -> None:
         _checks.check_integer("background", self.background, 0)
-        classes = self.calibration.num_classes
+        self._check(self.calibration.num_classes)
+
+    def _check(self, classes: int | None) -> None:
         if classes is not None and self.background >= classes:
             raise InputError(f"background must be a class, below {classes}; got {self.background}")
 
@@ -191,6 +193,8 @@ class BackgroundPriority:
 
     def decide(self, logits: Tensor, groups: Tensor | None = None) -> Decision:
         """Pseudo-labels and reasons."""
+        _checks.check_logits(logits)
+        self._check(logits.shape[1])  # a calibration without data knows no number of classes
         return _decide(
             self.calibration, logits, groups, self.guard, choose=self._choose, propose=self._propose
         )
@@ -293,7 +297,8 @@ class Singleton:
 
     def decide(self, logits: Tensor, groups: Tensor | None = None) -> Decision:
         """Pseudo-labels and reasons."""
-        return AtMost(self.calibration, 1, self.guard).decide(logits, groups)
+        choose = AtMost(self.calibration, 1)._choose
+        return _decide(self.calibration, logits, groups, self.guard, choose=choose, propose=None)
 
 
 _Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -313,37 +318,45 @@ def _decide(
 
     ``propose`` names the classes to try in order; their own scores then decide, and no set is
     built. It serves where one threshold holds for all classes of a pixel and the score follows
-    the logits. Otherwise the sets of one image exist at a time.
+    the logits. Otherwise sets exist for a part of the batch at a time.
     """
-    thresholds = thresholds_of(calibration, logits, groups)
+    check_input(calibration, logits, groups)
     batch, classes, *space = logits.shape
     small = classes <= 255 and 0 <= calibration.ignore_index <= 255
     labels = torch.empty(
         (batch, *space), dtype=torch.uint8 if small else torch.int64, device=logits.device
     )
     reasons = torch.empty((batch, *space), dtype=torch.uint8, device=logits.device)
-    one_for_all = thresholds.shape[1] == 1 and classes > 1
+    one_for_all = "class" not in calibration.axes
     quick = propose is not None and one_for_all and calibration.score.follows_logits
+    pixels = prod(space)
+    most = _PART_ELEMENTS.get(logits.device.type, 2**20)
+    step = max(most // (classes * max(pixels, 1)), 1)
     with torch.no_grad():
-        for entry in range(batch if prod(space) else 0):
-            image = logits[entry : entry + 1]
-            limit = thresholds[entry : entry + 1] if len(thresholds) == batch else thresholds
+        for start in range(0, batch if pixels else 0, step):
+            part = slice(start, start + step)
+            image = logits[part]
+            per_batch = groups is not None and groups.ndim == logits.ndim - 1
+            near = groups[part] if groups is not None and per_batch else groups
+            limit = thresholds_of(calibration, image, near)
             top = _top(image)[:, None]
             if quick and propose is not None:
                 label, reason = _try_in_turn(calibration, image, limit, propose(image))
             else:
                 member = (calibration.score(image) <= limit) & limit.isfinite()
                 label, reason = choose(image, member)
-            full = (1, classes, *space)
-            starved = limit.isinf().expand(full).gather(1, top)[:, 0]
+            starved = limit.isinf().expand(image.shape).gather(1, top)[:, 0]
             unusable = ~image.amax(1).isfinite()
             reason = torch.where(starved, Reason.STARVED, reason)
             reason = torch.where(unusable, Reason.UNUSABLE, reason)
-            label = torch.where(reason == Reason.KEPT, label, calibration.ignore_index)
-            if guard is not None:
-                label, reason = _guard(guard, calibration, label, reason)
-            labels[entry], reasons[entry] = label[0], reason[0]
+            labels[part] = torch.where(reason == Reason.KEPT, label, calibration.ignore_index)
+            reasons[part] = reason
+        if guard is not None:
+            _guard(guard, calibration, labels, reasons)
     return Decision(labels, reasons)
+
+
+_PART_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # worth the calls, and small beside a batch
 
 
 def _most_likely(logits: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
@@ -386,24 +399,22 @@ def _try_in_turn(
     return label, torch.where(label == calibration.ignore_index, Reason.EMPTY, Reason.KEPT)
 
 
-def _guard(
-    guard: AreaGuard, calibration: Calibration, label: Tensor, reason: Tensor
-) -> tuple[Tensor, Tensor]:
-    flooding = guard.flooding(label, calibration.max_share)[0]
+def _guard(guard: AreaGuard, calibration: Calibration, labels: Tensor, reasons: Tensor) -> None:
+    """Warn of flooding classes, and take their labels back in place if the guard abstains."""
+    flooding = guard.flooding(labels, calibration.max_share)
     if not flooding.any():
-        return label, reason
-    classes = flooding.nonzero()[:, 0]
+        return
     warnings.warn(
-        f"classes {classes.tolist()} take more than {guard.factor:g} times the largest share of "
-        f"an image they had in calibration, plus {guard.slack:g}"
+        f"classes {flooding.any(0).nonzero()[:, 0].tolist()} take more than {guard.factor:g} times "
+        f"the largest share of an image they had in calibration, plus {guard.slack:g}, in "
+        f"{int(flooding.any(1).sum())} of {len(labels)} images"
         + (": abstained" if guard.action == "abstain" else ""),
         AreaWarning,
         stacklevel=5,
     )
-    if guard.action == "warn":
-        return label, reason
-    caught = torch.isin(label, classes)
-    return (
-        torch.where(caught, calibration.ignore_index, label),
-        torch.where(caught, Reason.GUARDED, reason),
-    )
+    if guard.action == "abstain":
+        kept = reasons == Reason.KEPT
+        flat = torch.where(kept, labels, 0).long().reshape(len(labels), -1)
+        caught = kept & flooding.gather(1, flat).view(labels.shape)
+        labels.masked_fill_(caught, calibration.ignore_index)
+        reasons.masked_fill_(caught, int(Reason.GUARDED))

@@ -10,7 +10,7 @@ from cpseg import _checks
 from cpseg.calibration import Calibration
 from cpseg.errors import InputError
 
-__all__ = ["PixelSetPredictor", "thresholds_of"]
+__all__ = ["PixelSetPredictor", "check_input", "thresholds_of"]
 
 
 @final
@@ -79,26 +79,33 @@ def thresholds_of(calibration: Calibration, logits: Tensor, groups: Tensor | Non
     Raises:
         InputError: As :class:`PixelSetPredictor`.
     """
-    _checks.check_logits(logits, calibration.num_classes)
-    space = logits.shape[2:]
+    check_input(calibration, logits, groups)
     thresholds = calibration.thresholds.to(logits.device)
-    if "group" not in calibration.axes:
-        if groups is not None:
-            raise InputError(f"groups must be None for a calibration with axes {calibration.axes}")
-        if calibration.axes == ("location",):
-            if thresholds.shape != space:
-                raise InputError(
-                    f"logits must have spatial shape {_checks.describe(thresholds.shape)}, the "
-                    f"calibration's locations; got {_checks.describe(space)}"
-                )
-            return thresholds[None, None]
-        return thresholds.view(1, -1, *(1 for _ in space))
+    if calibration.axes == ("location",):
+        return thresholds[None, None]
     if groups is None:
-        raise InputError(f"groups must be given for a calibration with axes {calibration.axes}")
-    _checks.check_groups(groups, logits)
+        return thresholds.view(1, -1, *(1 for _ in logits.shape[2:]))
     index = groups.long() if groups.ndim == logits.ndim - 1 else groups.long()[None]
     known = (index >= 0) & (index < len(thresholds))
     per_pixel = thresholds[index * known]  # (1 or B, *S), with classes last if there are any
     if calibration.axes == ("group", "class"):
         return torch.where(known[..., None], per_pixel, torch.inf).movedim(-1, 1)
     return torch.where(known, per_pixel, torch.inf)[:, None]
+
+
+def check_input(calibration: Calibration, logits: Tensor, groups: Tensor | None) -> None:
+    """Refuse what :func:`thresholds_of` cannot serve; reads no values."""
+    _checks.check_logits(logits, calibration.num_classes)
+    space, grid = logits.shape[2:], calibration.thresholds.shape
+    if calibration.axes == ("location",) and grid != space:
+        raise InputError(
+            f"logits must have spatial shape {_checks.describe(grid)}, the calibration's "
+            f"locations; got {_checks.describe(space)}"
+        )
+    if "group" not in calibration.axes:
+        if groups is not None:
+            raise InputError(f"groups must be None for a calibration with axes {calibration.axes}")
+    elif groups is None:
+        raise InputError(f"groups must be given for a calibration with axes {calibration.axes}")
+    else:
+        _checks.check_groups(groups, logits)

@@ -68,7 +68,7 @@ class LAC:
         return 0.0, 1.0
 
     def tolerance(self, num_classes: int) -> float:
-        """Two sums of C exponentials, each within C roundings of the exact one."""
+        """Two sums of C exponentials, each within C roundings of the exact one, and a quotient."""
         return _softmax_tolerance(num_classes)
 
     def _all(self, x: Tensor, _: Tensor) -> Tensor:
@@ -394,7 +394,7 @@ def logits_from_probabilities(probabilities: Tensor) -> Tensor:
         >>> logits_from_probabilities(torch.tensor([[1.0, 0.0]]))
         tensor([[0., -inf]])
     """
-    _checks.check_logits(probabilities)
+    _checks.check_logits(probabilities, name="probabilities")
     p = _upcast(probabilities)
     if not bool((p.isfinite() & (p >= 0)).all()):
         wrong = int((~(p.isfinite() & (p >= 0))).sum())
@@ -432,7 +432,7 @@ def logits_from_sigmoid(channels: Tensor) -> Tensor:
         tensor([[ 0.,  3.],
                 [ 0., -1.]])
     """
-    _checks.check_logits(channels)
+    _checks.check_logits(channels, name="channels")
     on = channels.flatten(0, 1)
     return torch.stack((torch.zeros_like(on), on), dim=1)
 
@@ -482,7 +482,7 @@ def _softmax(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _softmax_tolerance(num_classes: int) -> float:
-    return (num_classes + 16) * _ULP
+    return (2 * num_classes + 16) * _ULP
 
 
 def _at(values: Tensor, labels: Tensor) -> Tensor:

@@ -117,11 +117,12 @@ class GroupClusters:
     number of (image, group) pairs and ``K`` of groups. Groups the tuning split hardly knows, and
     clusters that are too small, get the pooled threshold.
 
+    It takes some ten images per class of a cluster until the cluster's threshold is finite.
+
     Guarantee:
-        None for the group itself. For the cluster: in a new image, the missed shares of the
-        cluster's groups add up to at most ``alpha`` times the number of them in the image, in
-        expectation over exchangeable images, if the clusters' threshold were used for all of
-        them. Groups that need it are listed by the calibration.
+        None as it is used: only groups with too few units take the cluster's threshold. Were it
+        used for all of a cluster's groups, their missed shares in a new image would add up to at
+        most ``alpha`` times the number of them in it, in expectation over exchangeable images.
 
     Attributes:
         assignment: Cluster of each group, -1 for none. int64 ``(R,)``.
