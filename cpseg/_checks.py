@@ -27,20 +27,20 @@ def check_tensor(name: str, value: object) -> None:
         raise InputError(f"{name} must be a torch tensor; got {type(value).__name__}")
 
 
-def check_logits(logits: Tensor, num_classes: int | None = None) -> None:
+def check_logits(logits: Tensor, num_classes: int | None = None, name: str = "logits") -> None:
     """Logits are ``(B, C, *S)``, floating, with ``C >= 1`` (and ``C == num_classes`` if given)."""
-    check_tensor("logits", logits)
+    check_tensor(name, logits)
     if logits.ndim < 2:
-        raise InputError(f"logits must have shape (B, C, *S); got {describe(logits.shape)}")
+        raise InputError(f"{name} must have shape (B, C, *S); got {describe(logits.shape)}")
     if logits.dtype not in FLOATS:
         raise InputError(
-            f"logits must be float16, bfloat16, float32 or float64; got {logits.dtype}"
+            f"{name} must be float16, bfloat16, float32 or float64; got {logits.dtype}"
         )
     if logits.shape[1] < 1:
-        raise InputError(f"logits must have C >= 1 classes; got {describe(logits.shape)}")
+        raise InputError(f"{name} must have C >= 1 classes; got {describe(logits.shape)}")
     if num_classes is not None and logits.shape[1] != num_classes:
         raise InputError(
-            f"logits must have C = {num_classes} classes; got {logits.shape[1]} "
+            f"{name} must have C = {num_classes} classes; got {logits.shape[1]} "
             f"in shape {describe(logits.shape)}"
         )
 

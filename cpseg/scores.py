@@ -395,7 +395,7 @@ def logits_from_probabilities(probabilities: Tensor) -> Tensor:
         >>> logits_from_probabilities(torch.tensor([[1.0, 0.0]]))
         tensor([[0., -inf]])
     """
-    _checks.check_logits(probabilities)
+    _checks.check_logits(probabilities, name="probabilities")
     p = _upcast(probabilities)
     if not bool((p.isfinite() & (p >= 0)).all()):
         wrong = int((~(p.isfinite() & (p >= 0))).sum())
@@ -433,7 +433,7 @@ def logits_from_sigmoid(channels: Tensor) -> Tensor:
         tensor([[ 0.,  3.],
                 [ 0., -1.]])
     """
-    _checks.check_logits(channels)
+    _checks.check_logits(channels, name="channels")
     on = channels.flatten(0, 1)
     return torch.stack((torch.zeros_like(on), on), dim=1)
 
