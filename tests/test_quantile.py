@@ -1,9 +1,9 @@
 """Ranks, budgets and quantiles, against exact fractions and plain sorts."""
 
-from collections.abc import Callable
 from fractions import Fraction
 from math import ceil, inf
 from random import Random
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -22,6 +22,9 @@ from cpseg.quantile import (
     mass_above,
     weighted_quantile,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # Levels at which ceil((n + 1) * (1 - alpha)) in floats is off by one for some n.
 TRAPS = [18, 19, *range(41, 47), 57, 58, 59, *range(69, 74), *range(82, 87), *range(94, 100)]

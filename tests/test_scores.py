@@ -419,7 +419,11 @@ LABEL_REFUSALS: list[tuple[object, str]] = [
 @every_score
 @pytest.mark.parametrize(("logits", "message"), LOGIT_REFUSALS)
 def test_wrong_logits_are_refused_in_one_line(case: Case, logits: Tensor, message: str) -> None:
-    for ask in (lambda: case.score(logits), lambda: case.score.of_labels(logits, LABELS)):
+    asks: list[Callable[[], Tensor]] = [
+        lambda: case.score(logits),
+        lambda: case.score.of_labels(logits, LABELS),
+    ]
+    for ask in asks:
         with pytest.raises(InputError) as caught:
             ask()
         assert str(caught.value) == message
@@ -595,8 +599,8 @@ COMPILED = [
 def test_compiled_scores_lie_within_tolerance_of_eager_ones(name: str) -> None:
     score = CASES[name].score
     torch.compiler.reset()
-    everywhere = torch.compile(lambda x: score(x), fullgraph=True)
-    at_labels = torch.compile(lambda x, y: score.of_labels(x, y), fullgraph=True)
+    everywhere = torch.compile(score.__call__, fullgraph=True)
+    at_labels = torch.compile(score.of_labels, fullgraph=True)
     shape = (2, 21, 9, 11)
     for kind in (normal, saturated):
         logits = kind(*shape)
@@ -744,7 +748,13 @@ def test_probabilities_are_left_alone() -> None:
 
 
 SIGNED = "Values of any sign are logits already: pass them as they are"
-SIGMOIDS = "For sigmoid channels use logits_from_sigmoid"
+
+
+def off_by(most: str, within: str) -> str:
+    return (
+        f"probabilities must sum to 1 over classes (axis 1) within {within}; got a row that is "
+        f"off by {most}. For sigmoid channels use logits_from_sigmoid"
+    )
 
 
 @pytest.mark.parametrize(
@@ -760,23 +770,19 @@ SIGMOIDS = "For sigmoid channels use logits_from_sigmoid"
         ),
         (
             torch.tensor([[0.5, 0.5], [0.75, 0.75]]),
-            "probabilities must sum to 1 over classes (axis 1) within 0.001; "
-            f"got a row that is off by 0.5. {SIGMOIDS}",
+            off_by("0.5", within="0.001"),
         ),
         (
             torch.tensor([[0.5, 0.498]]),
-            "probabilities must sum to 1 over classes (axis 1) within 0.001; "
-            f"got a row that is off by 0.002. {SIGMOIDS}",
+            off_by("0.002", within="0.001"),
         ),
         (
             torch.tensor([[0.5, 0.25]], dtype=torch.float16),
-            "probabilities must sum to 1 over classes (axis 1) within 0.02; "
-            f"got a row that is off by 0.25. {SIGMOIDS}",
+            off_by("0.25", within="0.02"),
         ),
         (
             torch.zeros(2, 3),
-            "probabilities must sum to 1 over classes (axis 1) within 0.001; "
-            f"got a row that is off by 1. {SIGMOIDS}",
+            off_by("1", within="0.001"),
         ),
         (torch.zeros(3), "probabilities must have shape (B, C, *S); got (3,)"),
         (
