@@ -619,7 +619,7 @@ class SelectiveAccuracy:
     Predictions equal to ``ignore_index`` abstain: they lower the kept fraction, and no accuracy.
 
     Guarantee:
-        None; a measurement. See :class:`cpseg.risk.KeptError` for a bound on the error among kept.
+        None; a measurement.
 
     Args:
         num_classes: C.
@@ -1139,7 +1139,7 @@ def _load(kind: type[_AnyMetric], state: Mapping[str, object]) -> _AnyMetric:
         raise InputError(
             f"state must hold rows of {_width(metric)} counts; got {rows.shape[1]} per image"
         )
-    metric._rows = [rows.clone()]  # noqa: SLF001 - the metrics of this module share their loading
+    metric._rows = [rows.clone()]
     return metric
 
 
