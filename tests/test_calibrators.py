@@ -660,7 +660,7 @@ def test_fallbacks_replace_only_what_is_starved_and_are_listed(classes: int, sto
         assert torch.equal(calibration.thresholds[:-1], own.thresholds[:-1])
         assert calibration.thresholds[-1].isfinite()
         assert calibration.fallback_groups.tolist() == [False] * (classes - 1) + [True]
-        assert f"Class {classes - 1}: threshold from the fallback" in str(calibration.guarantee)
+        assert f"Nothing is promised for class {classes - 1}: " in str(calibration.guarantee)
         if isinstance(fallback, str):
             assert float(calibration.thresholds[-1]) == pytest.approx(
                 float(pooled) + slack, abs=1e-6
@@ -757,18 +757,19 @@ def test_what_was_fitted_on_the_very_data_is_refused() -> None:
 
 
 def test_the_sentence_speaks_of_what_is_promised() -> None:
-    logits, labels = data(40)
-    single = LocationCalibrator((H, W)).update(logits, labels).compute(0.2)
-    shared = LocationCalibrator((H, W), annuli((H, W), 3)).update(logits, labels).compute(0.2)
-    assert str(single.guarantee).startswith("At each location, the class of a new image is missing")
-    assert str(shared.guarantee).startswith("For each cluster of locations")
-    assert (single.clustered, shared.clustered) == (False, True)
-    pixel = SplitCalibrator(unit="pixel").update(logits, labels).compute(0.2)
-    assert "Pooled pixels promise less" in str(pixel.guarantee)
-    per_class = ClassConditionalCalibrator(C).update(logits, labels).compute(0.2)
-    assert "does not imply the same share for a whole image" in str(per_class.guarantee)
-    starved = ClassConditionalCalibrator(C).update(logits[:3], labels[:3]).compute(0.2)
-    assert "Class 0, 1, 2: too few units for a finite threshold" in str(starved.guarantee)
+    batch = data(40)
+    single = LocationCalibrator((H, W)).update(*batch).compute(0.2)
+    shared = LocationCalibrator((H, W), annuli((H, W), 3)).update(*batch).compute(0.2)
+    pixel = SplitCalibrator(unit="pixel").update(*batch).compute(0.2)
+    per_class = ClassConditionalCalibrator(C).update(*batch).compute(0.2)
+    both = ClassConditionalCalibrator(C, unit="pixel").update(*batch).compute(0.2)
+    few = ClassConditionalCalibrator(C).update(*data(3)).compute(0.2)
+    assert str(single.guarantee).startswith("For each location,")
+    assert str(shared.guarantee).startswith("For each cluster of locations,")
+    assert "at most alpha + (1 - alpha) / (m + 1) if all images" in str(pixel.guarantee)
+    assert "for pixels that come in images nothing is promised" in str(both.guarantee)
+    assert "does not imply the same for an image as a whole" in str(per_class.guarantee)
+    assert "No finite threshold can promise this for classes 0, 1, 2" in str(few.guarantee)
 
 
 def test_the_stores_are_the_ones_asked_for() -> None:

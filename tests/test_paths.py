@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 
 import cpseg.scores
 from cpseg import APS, LAC, RAPS, SAPS, Margin, PixelSetPredictor, SplitCalibrator, TopK
-from cpseg._calibrator import Store
 from cpseg.protocols import Score
 
 SCORES: list[Any] = [
@@ -116,7 +115,7 @@ def assert_covered_stays(score: Score, ways: dict[str, dict[str, Any]], kind: st
     logits, labels = saturated(kind)
     paths = {name: Path(score, **how) for name, how in ways.items()}
     views = {name: (path(logits), path.of_labels(logits, labels)) for name, path in paths.items()}
-    stores: tuple[Store, ...] = ("exact", "histogram")
+    stores: tuple[Literal["exact", "histogram"], ...] = ("exact", "histogram")
     for (start, path), store in product(paths.items(), stores):
         calibrator = SplitCalibrator(Seen(path, *views[start]), store=store)
         calibrator.update(logits, labels)
