@@ -361,7 +361,9 @@ def test_tiles_of_a_unit_equal_the_whole(
             left[unit] -= 1
             if early and left[unit] == 0:
                 tiled[0].close_units([unit + 10**12])
+    before = merge_all([tiled[1]])
     found = tiled[0].merge(tiled[1]).compute(0.4)
+    assert same(tiled[1], before)
     for name in ("thresholds", "num_units", "num_pixels"):
         assert torch.equal(getattr(found, name), getattr(whole, name))
 
