@@ -163,6 +163,18 @@ def test_a_unit_of_more_pixels_than_float32_counts_is_counted() -> None:
     assert _counts(torch.zeros(2**24 + 3, dtype=torch.int64), 2).tolist() == [2**24 + 3, 0]
 
 
+@pytest.mark.parametrize("n", [99, 199, 999])
+@pytest.mark.parametrize("by_unit", [False, True])
+def test_ranks_are_those_of_the_decimal(n: int, *, by_unit: bool) -> None:
+    # 99 percentages, where binary arithmetic is off by one for many.
+    evidence = Evidence(Exact(1), by_unit=by_unit, device="cpu")
+    scores = torch.arange(1.0, n + 1)[:, None]
+    evidence.add(scores, torch.zeros(n, 1).long(), scores > 0, unit_ids=None)
+    for percent in range(1, 100):
+        rank = -(-(n + 1) * (100 - percent) // 100)
+        assert evidence.quantiles([percent / 100]).tolist() == [rank if rank <= n else math.inf]
+
+
 @pytest.mark.parametrize("kind", ["exact", "histogram"])
 def test_all_units_there_can_be_still_fit_in_int64(kind: str) -> None:
     # Two rows, so that the running total over rows wraps around.
