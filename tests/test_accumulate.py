@@ -25,7 +25,7 @@ from cpseg import (
     gather,
     merge_all,
 )
-from cpseg.accumulate import Evidence, Exact, Histogram, upward
+from cpseg.accumulate import Evidence, Exact, Histogram, _counts, upward
 from cpseg.errors import InputError
 from cpseg.protocols import Score
 from cpseg.quantile import MAX_UNITS, UNIT_MASS, budget
@@ -157,6 +157,10 @@ def test_counts_beyond_float32_are_exact(kind: str) -> None:
     assert evidence.num_units.tolist() == [many + 3, many]
     assert evidence.num_pixels.tolist() == [many + 3, many]
     assert int(evidence.state()["mass"].sum()) == 2**53 + 3
+
+
+def test_a_unit_of_more_pixels_than_float32_counts_is_counted() -> None:
+    assert _counts(torch.zeros(2**24 + 3, dtype=torch.int64), 2).tolist() == [2**24 + 3, 0]
 
 
 @pytest.mark.parametrize("kind", ["exact", "histogram"])
