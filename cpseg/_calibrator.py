@@ -215,8 +215,8 @@ class AnyCalibrator:
         index = torch.where(valid, labels + entry, batch * classes)
         pixels = index.new_zeros(batch * classes + 1)
         pixels = pixels.index_add(0, index.flatten(), torch.ones_like(index).flatten())
-        pixels = pixels[:-1].view(batch, classes).double()
-        share = pixels / pixels.sum(1, keepdim=True).clamp(min=1)
+        # Of all its pixels, void ones too: a nearly void image must not make a share of 1 plausible.
+        share = pixels[:-1].view(batch, classes).double() / labels.shape[1]
         self._max_share = self._max_share.maximum(share.amax(0))
 
     # --- the accumulator's algebra ---

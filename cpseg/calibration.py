@@ -83,8 +83,8 @@ class Calibration:
         ignore_index: Label of pixels that do not count.
         fallback: What replaced thresholds of groups with too few units; None for nothing.
         fallback_groups: Which thresholds it replaced. Bool, shape of ``thresholds``.
-        max_share: Largest share of a calibration image's labelled pixels that each class had.
-            float64 ``(C,)``.
+        max_share: Largest share of a batch entry's pixels, void ones included, that each class
+            had in calibration. float64 ``(C,)``.
         source: What the logits came from, where that matters (a cache that rounds names itself).
         clustered: Whether locations share thresholds in clusters; then what is promised holds on
             average over a cluster, not at each location.

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from cpseg import _checks
 from cpseg.annotators import SyntheticAnnotator
 from cpseg.calibration import Calibration
 from cpseg.calibrators import ClassConditionalCalibrator, SplitCalibrator
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _demo(alpha: float, calibration_images: int, new_images: int, seed: int) -> None:
+    _checks.check_alpha(alpha)  # now, not after annotating
     held_out = SyntheticShapes(length=calibration_images, seed=2 * seed)
     new = SyntheticShapes(length=new_images, seed=2 * seed + 1)
     names = held_out.classes

@@ -34,6 +34,7 @@ __all__ = [
     "Decision",
     "Reason",
     "Singleton",
+    "each_class",
 ]
 
 
@@ -299,6 +300,39 @@ class Singleton:
         """Pseudo-labels and reasons."""
         choose = AtMost(self.calibration, 1)._choose
         return _decide(self.calibration, logits, groups, self.guard, choose=choose, propose=None)
+
+
+def each_class(operation: Callable[[Tensor], Tensor], sets: Tensor) -> Tensor:
+    """A mask operation of :mod:`cpseg.morphology` on the mask of every class of the sets.
+
+    Guarantee:
+        That of the sets, if the operation only grows masks (``dilate``, ``fill_holes``). None, if
+        it can shrink them (``erode``, ``remove_small_components``).
+
+    Args:
+        operation: From masks, bool ``(N, *S)``, to masks.
+        sets: Bool ``(B, C, *S)``.
+
+    Returns:
+        New sets. Bool ``(B, C, *S)``.
+
+    Raises:
+        InputError: If sets is no bool tensor ``(B, C, *S)`` with a spatial axis.
+
+    Examples:
+        >>> from functools import partial
+        >>> from cpseg.morphology import dilate
+        >>> sets = torch.tensor([[[True, False, False], [False, False, True]]])
+        >>> each_class(partial(dilate, radius=1), sets)
+        tensor([[[ True,  True, False],
+                 [False,  True,  True]]])
+    """
+    if sets.dtype != torch.bool or sets.ndim < 3:
+        raise InputError(
+            f"sets must be bool with shape (B, C, *S) and a spatial axis; "
+            f"got {sets.dtype} {_checks.describe(sets.shape)}"
+        )
+    return operation(sets.flatten(0, 1)).view(sets.shape)
 
 
 _Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -777,3 +777,12 @@ def test_the_stores_are_the_ones_asked_for() -> None:
     for store, kind in (("exact", Exact), ("histogram", Histogram)):
         calibrator = ClassConditionalCalibrator(C, store=store).update(*data(2))  # type: ignore[arg-type]
         assert all(isinstance(evidence.store, kind) for evidence in calibrator.evidence())
+
+
+def test_shares_are_of_all_pixels_so_that_a_nearly_void_image_makes_nothing_plausible() -> None:
+    labels = torch.full((2, 4, 5), 255)
+    labels[0, 0, 0] = 2  # the only labelled pixel of 20
+    labels[1, :2] = 1
+    logits = torch.zeros(2, 3, 4, 5)
+    calibration = ClassConditionalCalibrator(3).update(logits, labels).compute(0.1)
+    assert calibration.max_share.tolist() == [0.0, 0.5, 0.05]

@@ -6,6 +6,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,7 +31,8 @@ from cpseg import (
     TopK,
 )
 from cpseg.errors import InputError
-from cpseg.filters import AreaGuard, AreaWarning, Decision, Reason
+from cpseg.filters import AreaGuard, AreaWarning, Decision, Reason, each_class
+from cpseg.morphology import dilate
 from cpseg.predictors import thresholds_of
 from cpseg.protocols import Score
 
@@ -742,3 +744,24 @@ def test_a_filter_travels_to_another_process_and_prints_in_one_line(name: str) -
     assert pickle.loads(pickle.dumps(kind))(logits).tolist() == kind(logits).tolist()  # noqa: S301
     assert "\n" not in repr(kind)
     assert len(repr(kind)) < 300
+
+
+# --- mask operations on sets ---------------------------------------------------------------------
+
+
+def test_each_class_is_the_operation_on_every_mask_alone() -> None:
+    sets = torch.rand(2, 3, 7, 5, generator=torch.Generator().manual_seed(0)) < 0.3
+    before = sets.clone()
+    grown = each_class(partial(dilate, radius=1), sets)
+    for entry in range(2):
+        for label in range(3):
+            alone = dilate(sets[entry, label][None], radius=1)[0]
+            assert torch.equal(grown[entry, label], alone)
+    assert torch.equal(sets, before)
+
+
+def test_each_class_refuses_what_are_no_sets() -> None:
+    with pytest.raises(InputError, match=r"sets must be bool with shape \(B, C, \*S\)"):
+        each_class(partial(dilate, radius=1), torch.zeros(2, 3, 4))
+    with pytest.raises(InputError, match="a spatial axis"):
+        each_class(partial(dilate, radius=1), torch.zeros(2, 3, dtype=torch.bool))
