@@ -102,20 +102,23 @@ class Histogram:
         cells = torch.where(below <= above, rising, falling)
         return torch.where(scores == torch.inf, self.num_cells - 1, cells).long()
 
-    def edges(self) -> Tensor:
-        """The largest float32 of each cell, found by bisection on :meth:`cells`. ``(K,)``."""
-        target = torch.arange(self.num_cells - 1, device=self.mass.device)
-        ends = torch.tensor([self.low, self.high], dtype=torch.float32, device=self.mass.device)
-        least, most = _ordered(ends)
-        inside, outside = (
-            torch.full_like(target, int(least)),
-            torch.full_like(target, int(most) + 1),
-        )
-        while bool((outside - inside > 1).any()):
+    def edges(self, cells: Tensor) -> Tensor:
+        """The largest float32 of each of these cells, by bisection on :meth:`cells`.
+
+        Args:
+            cells: int64 cells. Any shape.
+
+        Returns:
+            float32 scores, ``+inf`` for the last cell. Shape of ``cells``.
+        """
+        ends = torch.tensor([self.low, self.high], dtype=torch.float32)
+        least, most = _ordered(ends).tolist()
+        inside, outside = torch.full_like(cells, least), torch.full_like(cells, most + 1)
+        for _ in range(33):  # more halvings than there are bits in a float32
             middle = (inside + outside) // 2
-            fits = self.cells(_unordered(middle)) <= target
+            fits = self.cells(_unordered(middle)) <= cells
             inside, outside = torch.where(fits, middle, inside), torch.where(fits, outside, middle)
-        return torch.cat((_unordered(inside), inside.new_full((1,), 0).float() + torch.inf))
+        return torch.where(cells == self.num_cells - 1, torch.inf, _unordered(inside))
 
     def add(self, keys: Tensor, mass: Tensor) -> None:
         """Add mass at ``keys = row * num_cells + cell``; the key past the last is thrown away."""
@@ -130,7 +133,7 @@ class Histogram:
         total = mass.sum(1, keepdim=True)
         over = total - mass.cumsum(1)
         cell = (over > budgets[:, None]).sum(1).clamp(max=self.num_cells - 1)
-        return torch.where(budgets < 0, torch.inf, self.edges()[cell])
+        return torch.where(budgets < 0, torch.inf, self.edges(cell))
 
     def above(self, thresholds: Tensor) -> Tensor:
         """Per row, the mass in cells above that of a float32 threshold. int64 ``(R,)``."""
@@ -190,6 +193,7 @@ class Exact:
         self._keys = torch.zeros(0, dtype=torch.int64, device=device)
         self._mass = torch.zeros(0, dtype=torch.int64, device=device)
         self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._num_waiting = 0
 
     def fits(self, scores: Tensor) -> Tensor:
         """Whether each float32 score can be remembered: any but NaN and ``-inf``. Bool."""
@@ -202,13 +206,14 @@ class Exact:
     def add(self, keys: Tensor, mass: Tensor) -> None:
         """Add mass at ``keys = row * num_cells + cell``; the key past the last is thrown away."""
         self._waiting.append((keys.reshape(-1), mass.expand_as(keys).reshape(-1)))
-        if sum(len(keys) for keys, _ in self._waiting) > max(2**22, len(self._keys)):
+        self._num_waiting += keys.numel()
+        if self._num_waiting > max(2**22, len(self._keys)):
             self._settle()
 
     def _settle(self) -> None:
         keys = torch.cat([self._keys, *(keys for keys, _ in self._waiting)])
         mass = torch.cat([self._mass, *(mass for _, mass in self._waiting)])
-        self._waiting = []
+        self._waiting, self._num_waiting = [], 0
         self._keys, index = torch.unique(keys, sorted=True, return_inverse=True)
         self._mass = torch.zeros_like(self._keys).index_add(0, index, mass)
         keep = self._keys < self.rows * self.num_cells

@@ -107,7 +107,7 @@ def test_histogram_of_any_floats_is_certified(
 @pytest.mark.parametrize("ends", [(0.0, 1.0), (-1.0, 1.0), (0.0, 1.02), (0.1, 0.7)])
 def test_a_cells_edge_is_the_last_float_of_its_cell(ends: tuple[float, float]) -> None:
     histogram = Histogram(1, *ends)
-    edges = histogram.edges()
+    edges = histogram.edges(torch.arange(histogram.num_cells))
     cells = torch.arange(histogram.num_cells)
     assert (edges.diff() >= 0).all()
     assert edges[-1] == torch.inf
