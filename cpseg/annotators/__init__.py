@@ -1,5 +1,6 @@
 """Annotators: whatever turns images into logits ``(B, C, *S)``."""
 
+from cpseg.annotators.mask_class import mask_class_probabilities
 from cpseg.annotators.synthetic import SyntheticAnnotator
 
-__all__ = ["SyntheticAnnotator"]
+__all__ = ["SyntheticAnnotator", "mask_class_probabilities"]
