@@ -1,6 +1,7 @@
 """Annotators: whatever turns images into logits ``(B, C, *S)``."""
 
+from cpseg.annotators.cache import CachedAnnotator
 from cpseg.annotators.mask_class import mask_class_probabilities
 from cpseg.annotators.synthetic import SyntheticAnnotator
 
-__all__ = ["SyntheticAnnotator", "mask_class_probabilities"]
+__all__ = ["CachedAnnotator", "SyntheticAnnotator", "mask_class_probabilities"]
