@@ -1,7 +1,21 @@
 """Annotators: whatever turns images into logits ``(B, C, *S)``."""
 
 from cpseg.annotators.cache import CachedAnnotator
+from cpseg.annotators.huggingface import (
+    MaskClassAnnotator,
+    Preprocessing,
+    SemanticLogitsAnnotator,
+    TextPromptAnnotator,
+)
 from cpseg.annotators.mask_class import mask_class_probabilities
 from cpseg.annotators.synthetic import SyntheticAnnotator
 
-__all__ = ["CachedAnnotator", "SyntheticAnnotator", "mask_class_probabilities"]
+__all__ = [
+    "CachedAnnotator",
+    "MaskClassAnnotator",
+    "Preprocessing",
+    "SemanticLogitsAnnotator",
+    "SyntheticAnnotator",
+    "TextPromptAnnotator",
+    "mask_class_probabilities",
+]

@@ -5,7 +5,7 @@ levels; resizing floats does not (up to fifteen), because Pillow rounds between 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -61,12 +61,14 @@ def rgb(image: object) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
-def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bicubic with antialias, in uint8, on the CPU. ``(B, 3, H, W)`` to ``(B, 3, *size)``."""
+def resize(
+    images: Tensor, size: tuple[int, int], mode: Literal["bilinear", "bicubic"] = "bicubic"
+) -> Tensor:
+    """With antialias, in uint8, on the CPU. ``(B, 3, H, W)`` to ``(B, 3, *size)``."""
     if tuple(images.shape[-2:]) == tuple(size):
         return images.cpu()
     return functional.interpolate(
-        images.cpu(), size=size, mode="bicubic", antialias=True, align_corners=False
+        images.cpu(), size=size, mode=mode, antialias=True, align_corners=False
     )
 
 
