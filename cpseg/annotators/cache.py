@@ -24,7 +24,7 @@ from cpseg import _checks
 from cpseg.annotators.images import check_images, rgb
 from cpseg.errors import FileError, InputError
 
-__all__ = ["CachedAnnotator", "FilteredAgain"]
+__all__ = ["CachedAnnotator", "FilteredAgain", "write_whole"]
 
 _MAGIC = b"cpseg logits 1\n"
 # -log p times this fills float16's range: probabilities down to 1e-55, and up to 1 - 1e-10.
@@ -124,7 +124,7 @@ class CachedAnnotator:
             self._note = {"source": given, "best": best, "background": background}
             if known is None:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                _write(note, json.dumps(self._note, sort_keys=True).encode())
+                write_whole(note, json.dumps(self._note, sort_keys=True).encode())
             elif known != self._note:
                 raise FileError(_differs(self.folder, str(known), str(self._note)))
             self._clear_leftovers()
@@ -205,16 +205,18 @@ class CachedAnnotator:
             labels.append(answer)
         return FilteredAgain(torch.stack(labels), unsettled)
 
-    def has(self, image: Tensor) -> bool:
-        """Whether an image's file is there and whole; uint8 ``(3, H, W)``."""
-        path, digest = self._place(image)
-        if not path.exists():
-            return False
-        try:
-            self._read(path, digest)
-        except FileError:
-            return False
-        return True
+    def ensure(self, image: Tensor) -> str:
+        """Make an image's file if it is not there and whole.
+
+        Args:
+            image: uint8 RGB. Shape ``(3, H, W)``.
+
+        Returns:
+            The file's path below the folder.
+        """
+        check_images(image[None])
+        self._stored(image[None])
+        return self._place(image)[0].relative_to(self.folder).as_posix()
 
     def _stored(self, images: Tensor) -> "list[_Stored]":
         found: list[_Stored | None] = []
@@ -261,7 +263,7 @@ class CachedAnnotator:
         head = json.dumps(header, sort_keys=True).encode() + b"\n"
         seal = hashlib.sha256(head + payload).hexdigest().encode() + b"\n"
         path.parent.mkdir(exist_ok=True)
-        _write(path, _MAGIC + seal + head + payload)
+        write_whole(path, _MAGIC + seal + head + payload)
 
     def _read(self, path: Path, digest: str) -> "_Stored":
         content = path.read_bytes()
@@ -396,7 +398,7 @@ def _differs(folder: Path, held: str, given: str) -> str:
     )
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """A file that is there whole or not at all, also after a power cut."""
     part = path.with_name(f"{path.name}~{socket.gethostname()}~{os.getpid()}~.part")
     try:

@@ -170,9 +170,12 @@ class SemanticLogitsAnnotator:
         self.source = _source(model, source, {"preprocessing": preprocessing})
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> "SemanticLogitsAnnotator":
+    def from_pretrained(
+        cls, name: str | Path, *, device: torch.device | str = "cpu"
+    ) -> "SemanticLogitsAnnotator":
         """From a folder or hub name of a semantic segmentation model."""
         model = _transformers().AutoModelForSemanticSegmentation.from_pretrained(str(name))
+        model = model.to(device)
         return cls(model, Preprocessing.from_pretrained(name), source=str(name))
 
     @torch.no_grad()
@@ -242,9 +245,11 @@ class MaskClassAnnotator:
         mode: Literal["complement", "void", "none"] = "none",
         background: int = 0,
         inputs: Mapping[str, Tensor] | None = None,
+        device: torch.device | str = "cpu",
     ) -> "MaskClassAnnotator":
         """From a folder or hub name of a universal segmentation model."""
         model = _transformers().AutoModelForUniversalSegmentation.from_pretrained(str(name))
+        model = model.to(device)
         preprocessing = Preprocessing.from_pretrained(name, multiple=32)
         return cls(
             model, preprocessing, mode=mode, background=background, inputs=inputs, source=str(name)
@@ -366,6 +371,7 @@ class TextPromptAnnotator:
         background: int | None,
         template: str = "{}",
         presence: bool = True,
+        device: torch.device | str = "cpu",
     ) -> "TextPromptAnnotator":
         """From a folder or hub name of a CLIPSeg, SAM 3 or GroupViT model."""
         package = _transformers()
@@ -377,7 +383,7 @@ class TextPromptAnnotator:
         }
         if kind not in classes:
             raise InputError(f"name must be a CLIPSeg, SAM 3 or GroupViT model; got {kind}")
-        model = getattr(package, classes[kind]).from_pretrained(str(name))
+        model = getattr(package, classes[kind]).from_pretrained(str(name)).to(device)
         tokenize: Any = package.AutoTokenizer.from_pretrained(str(name))
 
         def tokenizer(texts: list[str]) -> Mapping[str, Tensor]:
