@@ -8,12 +8,14 @@ from cpseg.annotators.huggingface import (
     TextPromptAnnotator,
 )
 from cpseg.annotators.mask_class import mask_class_probabilities
+from cpseg.annotators.sam_clip import SamClipAnnotator
 from cpseg.annotators.synthetic import SyntheticAnnotator
 
 __all__ = [
     "CachedAnnotator",
     "MaskClassAnnotator",
     "Preprocessing",
+    "SamClipAnnotator",
     "SemanticLogitsAnnotator",
     "SyntheticAnnotator",
     "TextPromptAnnotator",

@@ -10,7 +10,7 @@ from torch import Tensor
 from cpseg.annotators.seem.model import SEEM
 from cpseg.errors import InputError, MissingExtraError
 
-__all__ = ["SEEM_TEMPLATES", "ClassNames", "class_prompts", "clip_tokenizer", "embed"]
+__all__ = ["SEEM_TEMPLATES", "ClassNames", "Tokenizer", "class_prompts", "clip_tokenizer", "embed"]
 
 ClassNames = Sequence[str] | Mapping[str, Sequence[str]]
 Tokenizer = Callable[[list[str]], Tensor]
