@@ -8,6 +8,13 @@ from cpseg.annotators.huggingface import (
     TextPromptAnnotator,
 )
 from cpseg.annotators.mask_class import mask_class_probabilities
+from cpseg.annotators.medical import (
+    SigmoidAnnotator,
+    Volume,
+    channel_values,
+    load_nifti,
+    load_nnunet,
+)
 from cpseg.annotators.sam_clip import SamClipAnnotator
 from cpseg.annotators.synthetic import SyntheticAnnotator
 
@@ -17,7 +24,12 @@ __all__ = [
     "Preprocessing",
     "SamClipAnnotator",
     "SemanticLogitsAnnotator",
+    "SigmoidAnnotator",
     "SyntheticAnnotator",
     "TextPromptAnnotator",
+    "Volume",
+    "channel_values",
+    "load_nifti",
+    "load_nnunet",
     "mask_class_probabilities",
 ]

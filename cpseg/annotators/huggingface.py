@@ -30,6 +30,7 @@ __all__ = [
     "Preprocessing",
     "SemanticLogitsAnnotator",
     "TextPromptAnnotator",
+    "find_logits",
 ]
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -182,7 +183,7 @@ class SemanticLogitsAnnotator:
     def __call__(self, images: Tensor) -> Tensor:
         """Logits of uint8 RGB images ``(B, 3, H, W)``: float32 of shape ``(B, C, H, W)``."""
         output = self._model(self._preprocessing(images, _parameter(self._model)))
-        logits = _logits(output)
+        logits = find_logits(output)
         if logits.ndim != 4 or len(logits) != len(images):
             raise InputError(
                 f"model must answer with logits (B, C, h, w); got {_checks.describe(logits.shape)}"
@@ -470,8 +471,8 @@ def _simplex(shares: Tensor, background: int | None) -> Tensor:
     return torch.cat((shares[:, :background], rest, shares[:, background:]), 1)
 
 
-def _logits(output: Any) -> Tensor:
-    """The logits in what a network answered."""
+def find_logits(output: Any) -> Tensor:
+    """The tensor of logits in what a network answered: itself, or under ``logits`` or ``out``."""
     if isinstance(output, Tensor):
         return output
     for name in ("logits", "out"):
