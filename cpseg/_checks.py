@@ -5,6 +5,8 @@ Values are checked where they are used, without waiting for a device: see
 """
 
 from collections.abc import Sequence
+from math import inf
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -26,20 +28,20 @@ def check_tensor(name: str, value: object) -> None:
         raise InputError(f"{name} must be a torch tensor; got {type(value).__name__}")
 
 
-def check_logits(logits: Tensor, num_classes: int | None = None) -> None:
+def check_logits(logits: Tensor, num_classes: int | None = None, name: str = "logits") -> None:
     """Logits are ``(B, C, *S)``, floating, with ``C >= 1`` (and ``C == num_classes`` if given)."""
-    check_tensor("logits", logits)
+    check_tensor(name, logits)
     if logits.ndim < 2:
-        raise InputError(f"logits must have shape (B, C, *S); got {describe(logits.shape)}")
+        raise InputError(f"{name} must have shape (B, C, *S); got {describe(logits.shape)}")
     if logits.dtype not in FLOATS:
         raise InputError(
-            f"logits must be float16, bfloat16, float32 or float64; got {logits.dtype}"
+            f"{name} must be float16, bfloat16, float32 or float64; got {logits.dtype}"
         )
     if logits.shape[1] < 1:
-        raise InputError(f"logits must have C >= 1 classes; got {describe(logits.shape)}")
+        raise InputError(f"{name} must have C >= 1 classes; got {describe(logits.shape)}")
     if num_classes is not None and logits.shape[1] != num_classes:
         raise InputError(
-            f"logits must have C = {num_classes} classes; got {logits.shape[1]} "
+            f"{name} must have C = {num_classes} classes; got {logits.shape[1]} "
             f"in shape {describe(logits.shape)}"
         )
 
@@ -76,16 +78,36 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
     check_device("labels", labels, logits, "logits")
 
 
-def check_positive(name: str, value: int) -> None:
-    """A count of at least one."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} must be an integer >= 1; got {value!r}")
+def check_groups(groups: Tensor, logits: Tensor) -> None:
+    """Groups are integers for the grid, ``(*S)``, or for the batch, ``(B, *S)``."""
+    check_integers("groups", groups)
+    batch, _, *space = logits.shape
+    if tuple(groups.shape) not in (tuple(space), (batch, *space)):
+        raise InputError(
+            f"groups must have shape {describe(space)} or {describe((batch, *space))} "
+            f"to go with logits {describe(logits.shape)}; got {describe(groups.shape)}"
+        )
+    check_device("groups", groups, logits, "logits")
+
+
+def check_integer(name: str, value: object, minimum: int | None = None) -> None:
+    """An integer, of at least ``minimum`` if given; bool is none."""
+    rule = "be an integer" if minimum is None else f"be an integer >= {minimum}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InputError(f"{name} must {rule}; got {value!r}")
+    if minimum is not None and value < minimum:
+        raise InputError(f"{name} must {rule}; got {value}")
+
+
+def check_weight(name: str, value: object) -> None:
+    """A finite number of at least zero."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < inf:
+        raise InputError(f"{name} must be finite and >= 0; got {value!r}")
 
 
 def check_ignore_index(ignore_index: int, num_classes: int | None) -> None:
     """The ignored label must not be a class."""
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-        raise InputError(f"ignore_index must be an integer; got {ignore_index!r}")
+    check_integer("ignore_index", ignore_index)
     if num_classes is not None and 0 <= ignore_index < num_classes:
         raise InputError(
             f"ignore_index must lie outside the classes [0, {num_classes}); got {ignore_index}"
@@ -96,3 +118,11 @@ def check_alpha(alpha: object, name: str = "alpha") -> None:
     """A level strictly between 0 and 1."""
     if not isinstance(alpha, (float, int)) or isinstance(alpha, bool) or not 0 < alpha < 1:
         raise InputError(f"{name} must lie strictly between 0 and 1; got {alpha!r}")
+
+
+def check_alphas(alpha: object) -> None:
+    """A sequence of levels."""
+    if not isinstance(alpha, Sequence):
+        raise InputError(f"alpha must be one number or one per class; got {type(alpha).__name__}")
+    for value in cast("Sequence[object]", alpha):
+        check_alpha(value)

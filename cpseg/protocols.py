@@ -16,6 +16,11 @@ class Score(Protocol):
     scores NaN for every class.
     """
 
+    @property
+    def follows_logits(self) -> bool:
+        """Whether, at every pixel, a class with a larger logit never scores higher."""
+        ...
+
     def __call__(self, logits: Tensor, /) -> Tensor:
         """Scores of all classes. Shape ``(B, C, *S)``, at least float32."""
         ...

@@ -86,9 +86,7 @@ class SyntheticAnnotator:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _checks.check_positive("num_classes", self.num_classes)
-        if self.num_classes < 2:
-            raise InputError(f"num_classes must be at least 2; got {self.num_classes}")
+        _checks.check_integer("num_classes", self.num_classes, 2)
         if self.background is not None and not 0 <= self.background < self.num_classes:
             raise InputError(
                 f"background must be a class in [0, {self.num_classes}) or None; "

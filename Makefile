@@ -1,0 +1,77 @@
+# Needs git, make and Python >= 3.11; everything else goes into .venv.
+# Another Python: make PYTHON=/path/to/python3.12 demo
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; \
+	done; echo python3)
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --no-input --disable-pip-version-check
+# --verifytypes finds packages through the python on the PATH, and not by --pythonpath.
+PYRIGHT := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHONPATH="$(CURDIR)" basedpyright
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+
+.PHONY: help
+help: ## what can be made
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
+
+.PHONY: demo
+demo: $(VENV)/.core ## run the main job on synthetic images
+	$(RUN) -m cpseg demo
+
+.PHONY: test
+test: $(VENV)/.dev ## all tests and the examples in docstrings
+	$(RUN) -m pytest
+
+.PHONY: lint
+lint: $(VENV)/.dev ## ruff: rules and format
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+.PHONY: types
+types: $(VENV)/.dev ## mypy and pyright, both strict
+	$(RUN) -m mypy
+	$(PYRIGHT) --level error
+
+.PHONY: verifytypes
+verifytypes: $(VENV)/.dev ## whether every public name has a type that all checkers agree on
+	$(PYRIGHT) --verifytypes cpseg --ignoreexternal
+
+.PHONY: docs
+docs: $(VENV)/.dev ## the pages and their examples, warnings as errors
+	$(RUN) -m sphinx -q -E -n -W --keep-going -b html docs docs/_build/html
+	$(RUN) -m sphinx -q -E -n -W --keep-going -b doctest docs docs/_build/doctest
+
+.PHONY: bench
+bench: $(VENV)/.dev ## everything in benchmarks/
+	@set -e; for script in benchmarks/*.py; do \
+		test -e "$$script" || { echo "benchmarks/ must hold a .py file; got none" >&2; exit 1; }; \
+		echo "== $$script"; $(RUN) "$$script"; \
+	done
+
+.PHONY: develop
+develop: $(VENV)/.dev ## the environment alone
+
+.PHONY: clean
+clean: ## remove the environment and all that was built
+	rm -rf $(VENV) build dist docs/_build docs/reference/generated *.egg-info \
+		.pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find cpseg tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes in alone and by its exact version, so that what follows finds it and leaves it be.
+# It brings setuptools, which then builds cpseg itself (--no-build-isolation): no second download.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "PYTHON must be Python 3.11 or newer; got $(PYTHON) = $$($(PYTHON) --version 2>&1 | \
+		tail -n 1). Name another: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	$(PIP) install -c constraints.txt $(TORCH)
+	@touch $@
+
+$(VENV)/.core: pyproject.toml $(VENV)/.torch
+	$(PIP) install -c constraints.txt --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.core
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,plot,data,hf,train]'
+	@touch $@

@@ -1,0 +1,537 @@
+"""What the four calibrators share: everything but which row of thresholds a pixel belongs to.
+
+Calibrators are accumulators: ``update`` and ``merge`` in any order and any cut give the identical
+state, and ``compute`` changes nothing. Values are checked without waiting for the device: labels
+out of range, unusable logits, scores outside their range and groups out of range are counted at
+labelled pixels and raise at ``compute``, with the counts.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal, Protocol, Self, cast, final
+
+import torch
+from torch import Tensor
+
+from cpseg import _checks
+from cpseg.accumulate import Evidence, Exact, Histogram, upward
+from cpseg.calibration import Calibration, describe_score, score_from_description
+from cpseg.errors import InputError, StateError
+from cpseg.protocols import Score
+from cpseg.quantile import MAX_UNITS, UNIT_MASS, budget
+
+Unit = Literal["image", "pixel"]
+Store = Literal["histogram", "exact"]
+
+
+class Fallback(Protocol):
+    """Thresholds for groups with too few units, fitted on a split of its own.
+
+    See :mod:`cpseg.tuning`.
+    """
+
+    @property
+    def fitted_on(self) -> str:
+        """Fingerprint of the calibrator it was fitted on."""
+        ...
+
+    def thresholds(self, own: Evidence, pooled: Evidence, alphas: Sequence[float], /) -> Tensor:
+        """One threshold per group, used where the group's own is ``+inf``. float32 ``(R,)``."""
+        ...
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LocationClusters:
+    """Which locations share a threshold. Made by :mod:`cpseg.tuning`, or by hand.
+
+    Attributes:
+        map: Cluster of each location, int64 from 0. Shape ``(*S)``.
+        fitted_on: Fingerprint of the calibrator they were fitted on; None if on no data.
+    """
+
+    map: Tensor
+    fitted_on: str | None = None
+
+    def __post_init__(self) -> None:
+        _checks.check_integers("map", self.map)
+        if self.map.numel() == 0 or int(self.map.min()) < 0:
+            raise InputError("map must hold clusters from 0, at least one")
+
+
+class AnyCalibrator:
+    """What the four calibrators share: everything but which row a pixel belongs to."""
+
+    axes: tuple[str, ...]
+    score: Score
+    unit: Unit
+    store: Store
+    ignore_index: int
+    source: str | None
+    num_classes: int | None
+    _shape: tuple[int, ...]  # of the rows: what has a threshold of its own
+    _seen: tuple[Evidence, Evidence] | None
+    _faults: Tensor
+    _max_share: Tensor
+    _checksum: Tensor
+    _anonymous: int  # units without an id, closed at once
+    _open: set[int]
+    _closed: set[int]
+    _most_units: int = MAX_UNITS
+    _tail_alpha: float | None = None
+    _clustered: bool = False
+
+    def __init__(
+        self,
+        *,
+        axes: tuple[str, ...],
+        rows: tuple[int, ...],
+        score: Score,
+        unit: Unit,
+        store: Store,
+        ignore_index: int,
+        source: str | None,
+        num_classes: int | None = None,
+    ) -> None:
+        if unit not in ("image", "pixel"):
+            raise InputError(f'unit must be "image" or "pixel"; got {unit!r}')
+        if store not in ("histogram", "exact"):
+            raise InputError(f'store must be "histogram" or "exact"; got {store!r}')
+        if num_classes is not None:
+            _checks.check_integer("num_classes", num_classes, 1)
+        _checks.check_ignore_index(ignore_index, num_classes)
+        if store == "histogram" and score.range(num_classes or 2) is None:
+            raise InputError(
+                f'store must be "exact" for a score without a range; got "histogram" with {score!r}'
+            )
+        self.axes, self._shape = axes, rows
+        self.score = score
+        self.unit = unit
+        self.store = store
+        self.ignore_index = ignore_index
+        self.source = source
+        self.num_classes = num_classes
+        self._declared_classes = num_classes
+        self.reset()
+
+    # --- seeing data ---
+
+    def _see(
+        self, logits: Tensor, labels: Tensor, rows: Tensor, unit_ids: Sequence[int] | Tensor | None
+    ) -> Self:
+        """Add a batch whose labels belong to ``rows``, int64 that broadcasts to ``(B, *S)``."""
+        batch, classes, *space = logits.shape
+        ids = self._admit(unit_ids, batch)
+        if labels.numel() == 0:
+            self._open.update(ids or ())
+            return self
+        _checks.check_ignore_index(self.ignore_index, classes)
+        with torch.no_grad():
+            flat = labels.long().reshape(batch, -1)
+            labelled = flat != self.ignore_index
+            known = labelled & (flat >= 0) & (flat < classes)
+            wanted = (flat * known).view(labels.shape)
+            raw = self.score.of_labels(logits, wanted)
+            if raw.shape != labels.shape or raw.dtype not in _checks.FLOATS:
+                raise InputError(
+                    f"score.of_labels must give floats of shape {_checks.describe(labels.shape)}; "
+                    f"got {raw.dtype} {_checks.describe(raw.shape)}"
+                )
+            # From here on nothing is refused: a batch counts as a whole, or not at all.
+            own, pooled = self._evidence(classes, logits.device)
+            self._open.update(ids or ())
+            home = own.num_units.device  # where the first batch was, or the state loaded
+            scores, rows = upward(raw).view(batch, -1).to(home), rows.to(home)
+            flat, labelled, known = flat.to(home), labelled.to(home), known.to(home)
+            usable = known & ~scores.isnan()
+            fits = usable & own.store.fits(scores)
+            row = rows.expand(batch, *space).reshape(batch, -1)
+            placed = (row >= 0) & (row < own.store.rows)
+            faulty = (labelled & ~known, known & ~usable, usable & ~fits, labelled & ~placed)
+            self._faults += torch.stack([fault.sum() for fault in faulty])
+            valid = fits & placed
+            own.add(scores, row, valid, ids)
+            if pooled is not own:
+                pooled.add(scores, torch.zeros_like(row), valid, ids)
+            self._note_shares(flat, valid, classes)
+            # Order-free: the wrapped sum of a product of the score's bits and the label.
+            bits = scores.view(torch.int32).long() * (2 * flat + 1)
+            self._checksum += torch.stack((valid.sum(), (bits * valid).sum()))
+        self._anonymous += batch if ids is None else 0
+        return self
+
+    def _admit(self, unit_ids: Sequence[int] | Tensor | None, batch: int) -> list[int] | None:
+        """The ids of a batch, checked before anything is changed."""
+        if unit_ids is None:
+            self._limit(self._anonymous + batch + len(self._open) + len(self._closed))
+            return None
+        if self.unit == "pixel":
+            raise InputError('unit_ids must be None with unit="pixel": every pixel is a unit')
+        ids = _ids("unit_ids", unit_ids)
+        if len(ids) != batch:
+            raise InputError(f"unit_ids must have one id per batch entry, {batch}; got {len(ids)}")
+        late = sorted(self._closed.intersection(ids))
+        if late:
+            raise StateError(
+                f"unit_ids must not hold closed units; got {late[:5]}. "
+                "Close a unit only after its last tile"
+            )
+        self._limit(self._anonymous + len(self._open.union(ids)) + len(self._closed))
+        return ids
+
+    def _limit(self, units: int) -> None:
+        bounded = self.unit == "image" or self._tail_alpha is not None
+        if bounded and units > self._most_units:
+            raise StateError(f"at most {self._most_units} units can be held; got {units}")
+
+    def _evidence(self, classes: int, device: torch.device) -> tuple[Evidence, Evidence]:
+        """What was seen: per row, and pooled over rows (the same object if there is one row)."""
+        if self._seen is None:
+            self.num_classes = classes
+            rows = prod(self._shape)
+            tail = self._tail_alpha
+            mass = UNIT_MASS if self.unit == "image" else 1
+            limit = None if tail is None else budget(tail, self._most_units, mass)
+            self._faults, self._checksum = self._faults.to(device), self._checksum.to(device)
+            self._max_share = torch.zeros(classes, dtype=torch.float64, device=device)
+            own = self._empty(rows, limit, device)
+            self._seen = own, own if rows == 1 else self._empty(1, None, device)
+        return self._seen
+
+    def _empty(self, rows: int, tail: int | None, device: torch.device) -> Evidence:
+        held: Histogram | Exact
+        limits = self.score.range(cast("int", self.num_classes))
+        if tail is not None or self.store == "exact" or limits is None:
+            held = Exact(rows, tail, device)
+        else:
+            held = Histogram(rows, *limits, device)
+        return Evidence(held, by_unit=self.unit == "image", device=device)
+
+    def _note_shares(self, labels: Tensor, valid: Tensor, classes: int) -> None:
+        batch = labels.shape[0]
+        entry = torch.arange(batch, device=labels.device)[:, None] * classes
+        index = torch.where(valid, labels + entry, batch * classes)
+        pixels = index.new_zeros(batch * classes + 1)
+        pixels = pixels.index_add(0, index.flatten(), torch.ones_like(index).flatten())
+        # Of all its pixels, void ones too: a nearly void image must not make a share of 1 plausible.
+        share = pixels[:-1].view(batch, classes).double() / labels.shape[1]
+        self._max_share = self._max_share.maximum(share.amax(0))
+
+    # --- the accumulator's algebra ---
+
+    def close_units(self, ids: Iterable[int] | Tensor) -> Self:
+        """Declare that no more tiles of these units will come.
+
+        Args:
+            ids: Ids that ``update`` was given and that are still open.
+
+        Returns:
+            The calibrator itself.
+
+        Raises:
+            StateError: If an id is not open.
+        """
+        closing = _ids("ids", ids)
+        unknown = sorted(set(closing) - self._open)
+        if unknown:
+            raise StateError(f"ids must be open units; got {unknown[:5]}")
+        for evidence in self._both():
+            evidence.close(sorted(set(closing)))
+        self._open -= set(closing)
+        self._closed |= set(closing)
+        return self
+
+    def merge(self, other: Self) -> Self:
+        """Add what another calibrator has seen, which stays as it is.
+
+        Args:
+            other: Made with the same arguments. A unit may be open in both; one that is closed
+                in either must not be known to the other.
+
+        Returns:
+            The calibrator itself.
+
+        Raises:
+            InputError: If the two were made with different arguments or saw other classes.
+            StateError: If a unit closed in one is known to the other.
+        """
+        if type(other) is not type(self):
+            raise InputError(f"other must be a {type(self).__name__}; got {type(other).__name__}")
+        mine, theirs = self._config(), other._config()
+        for name in mine:
+            if mine[name] != theirs[name]:
+                raise InputError(
+                    f"other must have {name} = {mine[name]!r} to be merged; got {theirs[name]!r}"
+                )
+        seen = (self.num_classes, other.num_classes)
+        if self._seen is not None and other._seen is not None and seen[0] != seen[1]:
+            raise InputError(f"other must have seen {seen[0]} classes to be merged; got {seen[1]}")
+        both = (self._closed & (other._closed | other._open)) | (self._open & other._closed)
+        if both:
+            raise StateError(
+                f"a closed unit must be known to one calibrator only; got {sorted(both)[:5]} in two"
+            )
+        opened, closed = self._open | other._open, self._closed | other._closed
+        self._limit(self._anonymous + other._anonymous + len(opened) + len(closed))
+        return self._absorb(other.state_dict())
+
+    def reset(self) -> Self:
+        """Forget everything seen; returns the calibrator itself."""
+        self.num_classes = self._declared_classes
+        self._seen = None
+        self._faults = torch.zeros(len(_FAULTS), dtype=torch.int64)
+        self._max_share = torch.zeros(self.num_classes or 0, dtype=torch.float64)
+        self._checksum = torch.zeros(2, dtype=torch.int64)
+        self._anonymous = 0
+        self._open = set()
+        self._closed = set()
+        return self
+
+    def state_dict(self) -> dict[str, object]:
+        """Everything, as tensors, numbers and strings: ``torch.save`` it, load ``weights_only``."""
+        state: dict[str, object] = {
+            "kind": type(self).__name__,
+            "version": _STATE_VERSION,
+            "config": json.dumps(self._config()),
+            "num_classes": self.num_classes,
+            "anonymous": self._anonymous,
+            "open": torch.tensor(sorted(self._open), dtype=torch.int64),
+            "closed": torch.tensor(sorted(self._closed), dtype=torch.int64),
+            "faults": self._faults.clone(),
+            "max_share": self._max_share.clone(),
+            "checksum": self._checksum.clone(),
+        }
+        for name, evidence in zip(_PARTS, self._both(), strict=False):
+            state.update({f"{name}.{key}": value for key, value in evidence.state().items()})
+        return state
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, object], score: Score | None = None) -> Self:
+        """The calibrator that gave this state.
+
+        Args:
+            state: What ``state_dict`` returned.
+            score: The score, if it is one of your own.
+
+        Returns:
+            A new calibrator, on the device of the state's tensors.
+
+        Raises:
+            InputError: If the state is another class's or version's, or the score is missing.
+        """
+        if state.get("kind") != cls.__name__ or state.get("version") != _STATE_VERSION:
+            raise InputError(
+                f"state must be version {_STATE_VERSION} of a {cls.__name__}; "
+                f"got version {state.get('version')} of {state.get('kind')}"
+            )
+        config = json.loads(cast("str", state["config"]))
+        return cls._from_config(config, score)._absorb(state)
+
+    def _absorb(self, state: Mapping[str, object]) -> Self:
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        parts = {name: _under(name, tensors) for name in _PARTS}
+        if parts["own"]:
+            classes = cast("int", state["num_classes"])
+            evidence = self._evidence(classes, tensors["max_share"].device)
+            for part, name in zip(evidence, _PARTS, strict=True):
+                if parts[name]:
+                    part.absorb(parts[name])
+            self._max_share = self._max_share.maximum(
+                tensors["max_share"].to(self._max_share.device)
+            )
+        self._faults += tensors["faults"].to(self._faults.device)
+        self._checksum += tensors["checksum"].to(self._checksum.device)
+        self._anonymous += cast("int", state["anonymous"])
+        self._open |= set(tensors["open"].tolist())
+        self._closed |= set(tensors["closed"].tolist())
+        return self
+
+    def _arguments(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {
+            "score": self.score,
+            "unit": self.unit,
+            "store": self.store,
+            "ignore_index": self.ignore_index,
+            "source": self.source,
+        }
+
+    def _config(self) -> dict[str, Any]:
+        """The constructor's arguments, as plain data."""
+        return {**self._arguments(), "score": describe_score(self.score)}
+
+    @classmethod
+    def _from_config(cls, config: dict[str, Any], score: Score | None) -> Self:
+        arguments: dict[str, Any] = dict(config)
+        arguments["score"] = score_from_description(config["score"], score)
+        return cls(**arguments)
+
+    def _both(self) -> tuple[Evidence, ...]:
+        """The evidence there is, each once."""
+        return () if self._seen is None else tuple(dict.fromkeys(self._seen))
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the data seen, whatever the groups: what fitted objects remember of theirs."""
+        pixels, bits = self._checksum.tolist()
+        return f"{pixels:x}-{bits & (2**64 - 1):016x}"
+
+    # --- the result ---
+
+    def evidence(self) -> tuple[Evidence, Evidence]:
+        """What was seen, per group and pooled, with open units closed in a copy.
+
+        Raises:
+            InputError: If bad values were seen, with their counts.
+        """
+        counts = self._faults.tolist()
+        if any(counts):
+            told = [
+                f"{count} pixels {fault}"
+                for count, fault in zip(counts, _FAULTS, strict=True)
+                if count
+            ]
+            raise InputError(
+                f"calibration data must be clean; got {', '.join(told)}. "
+                "Fix the data and start from a new calibrator"
+            )
+        if not self._open and self._seen is not None:
+            return self._seen
+        closed = type(self)(**self._arguments())
+        closed._absorb(self.state_dict()).close_units(self._open)
+        return closed._evidence(self.num_classes or 1, self._faults.device)
+
+    def compute(
+        self,
+        alpha: float | Sequence[float],
+        fallback: Literal["pooled"] | Fallback | None = None,
+    ) -> Calibration:
+        """Thresholds for a level, any number of times, in any order; the state stays as it is.
+
+        Args:
+            alpha: Level strictly between 0 and 1, read as the decimal it prints as; one for all,
+                or one per class where there is a class axis.
+            fallback: What to do where too few units have a group for a finite threshold. None:
+                ``+inf``, so that the group's classes stay in every set and the promise holds.
+                ``"pooled"``: the threshold of all groups together. An object of
+                :mod:`cpseg.tuning`, fitted on a split of its own. A fallback voids the promise
+                for those groups, and the result lists them.
+
+        Returns:
+            The frozen calibration.
+
+        Raises:
+            InputError: If alpha or fallback does not fit, or bad values were seen.
+        """
+        alphas = self._alphas(alpha)
+        own, pooled = self.evidence()
+        exact = own.quantiles(alphas)
+        starved = own.budgets(alphas) < 0
+        name = None
+        if fallback is not None:
+            replacement = self._replacement(fallback, own, pooled, alphas)
+            exact = torch.where(starved, replacement, exact)
+            name = fallback if isinstance(fallback, str) else type(fallback).__name__
+        # Another path to the same score may lie this far away, and must not lose the pixel.
+        slack = self.score.tolerance(self.num_classes or 1)
+        thresholds = upward(exact.double() + slack)
+        replaced = starved & (name is not None)
+        return Calibration(
+            thresholds=self._lay_out(thresholds),
+            axes=self.axes,
+            alpha=float(alpha) if isinstance(alpha, (int, float)) else tuple(map(float, alpha)),
+            score=self.score,
+            unit=self.unit,
+            num_classes=self.num_classes,
+            num_units=self._lay_out(own.num_units),
+            num_pixels=self._lay_out(own.num_pixels),
+            ignore_index=self.ignore_index,
+            fallback=name,
+            fallback_groups=self._lay_out(replaced),
+            max_share=self._max_share.clone(),
+            source=self.source,
+            clustered=self._clustered,
+        )
+
+    def _alphas(self, alpha: float | Sequence[float]) -> list[float]:
+        """One level per row."""
+        rows = prod(self._shape)
+        if isinstance(alpha, (int, float)):
+            _checks.check_alpha(alpha)
+            return [alpha] * rows
+        _checks.check_alphas(alpha)
+        levels = list(alpha)
+        wanted = self._shape[-1] if self.axes[-1:] == ("class",) else None
+        if wanted is None:
+            raise InputError("alpha must be one number where thresholds have no class axis")
+        if len(levels) != wanted:
+            raise InputError(
+                f"alpha must be one number or one per class, {wanted}; got {len(levels)}"
+            )
+        return levels * (rows // wanted)
+
+    def _replacement(
+        self,
+        fallback: Literal["pooled"] | Fallback,
+        own: Evidence,
+        pooled: Evidence,
+        alphas: list[float],
+    ) -> Tensor:
+        if isinstance(fallback, str):
+            if fallback != "pooled":
+                raise InputError(
+                    f'fallback must be None, "pooled" or a fitted object; got {fallback!r}'
+                )
+            known = {alpha: float(pooled.quantiles([alpha])[0]) for alpha in set(alphas)}
+            return torch.tensor([known[alpha] for alpha in alphas], device=own.num_units.device)
+        if fallback.fitted_on == self.fingerprint:
+            raise InputError(
+                "fallback must be fitted on a split of its own; got one fitted on this very data"
+            )
+        return fallback.thresholds(own, pooled, alphas)
+
+    def _lay_out(self, per_row: Tensor) -> Tensor:
+        """Rows in the shape that prediction uses."""
+        return per_row.view(self._shape).clone()
+
+
+_STATE_VERSION = 1
+_PARTS = ("own", "pooled")
+_FAULTS = (
+    "whose label is neither a class nor ignore_index",
+    "whose logits have no finite maximum, or a NaN",
+    "whose score lies outside the range it declares",
+    "whose group is out of range",
+)
+
+
+def _ids(name: str, ids: Iterable[int] | Tensor) -> list[int]:
+    """Unit ids as Python integers; a tensor must be on the CPU, so that nothing waits."""
+    if isinstance(ids, Tensor):
+        _checks.check_integers(name, ids)
+        if ids.ndim != 1 or ids.device.type != "cpu":
+            raise InputError(
+                f"{name} must have one axis and be on the CPU; "
+                f"got {_checks.describe(ids.shape)} on {ids.device}"
+            )
+        return cast("list[int]", ids.tolist())
+    listed = list(ids)
+    for unit in listed:
+        _checks.check_integer(name, unit)
+        if not -(2**63) <= unit < 2**63:
+            raise InputError(f"{name} must fit in int64; got {unit}")
+    return listed
+
+
+def check_batch(logits: Tensor, labels: Tensor, num_classes: int | None) -> None:
+    """Metadata of one batch."""
+    _checks.check_logits(logits, num_classes)
+    _checks.check_labels(labels, logits)
+
+
+def _under(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of one part of a state, without its prefix."""
+    start = f"{part}."
+    return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}

@@ -1,0 +1,483 @@
+"""What calibration remembers: mergeable integer masses of scores, per row of thresholds.
+
+A *row* is what gets one threshold: everything, a class, a region, a location. A *cell* is what a
+score is remembered as. :class:`Histogram` has some fifty thousand cells per row and bounded
+memory; :class:`Exact` has one cell per float32 and keeps only those that hold mass.
+:class:`Evidence` gives every unit of a row the same mass, shared by its pixels, and holds units
+whose tiles are still arriving in a ledger.
+
+All state is int64, so any order of updates and merges gives the identical state.
+"""
+
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol, Self, TypeVar, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cpseg.errors import InputError
+from cpseg.quantile import UNIT_MASS, budget, mass_above
+
+__all__ = ["Evidence", "Exact", "Histogram", "Mergeable", "gather", "merge_all", "upward"]
+
+
+def upward(scores: Tensor) -> Tensor:
+    """The smallest float32 that is no smaller than each score. Shape of ``scores``.
+
+    Examples:
+        >>> upward(torch.tensor(0.1, dtype=torch.float64)).item() >= 0.1
+        True
+    """
+    single = scores.float() + 0.0  # + 0.0 turns -0.0 into 0.0, so that equal scores are one cell
+    if scores.dtype != torch.float64:
+        return single
+    above = single.nextafter(torch.full_like(single, torch.inf)) + 0.0
+    return torch.where(single < scores, above, single)
+
+
+def _ordered(scores: Tensor) -> Tensor:
+    """float32 to int64 in ``[0, 2**32)``, order kept."""
+    bits = scores.view(torch.int32)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() + 2**31
+
+
+def _unordered(cells: Tensor) -> Tensor:
+    bits = (cells - 2**31).int()
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)
+
+
+@final
+class Histogram:
+    """Certified histogram: bounded memory, thresholds rounded outward by at most 0.1 %.
+
+    Cells follow the bits of a score's distance to the nearer end of its range: ten bits of
+    mantissa per power of two, down to ``2**-24`` of the range, and one more cell for ``+inf``.
+    A threshold is the largest float32 of its cell, so it is never below the exact one, and above
+    it by at most 0.1 % of the distance to the nearer end, or one float32 step of the range.
+
+    Args:
+        rows: Number of thresholds, R.
+        low: Least score.
+        high: Largest finite score.
+        device: Where the counts live: ``8 * R * num_cells`` bytes.
+
+    Examples:
+        >>> histogram = Histogram(1, 0.0, 1.0)
+        >>> cells = histogram.cells(torch.tensor([0.25, 0.5]))
+        >>> histogram.add(cells, torch.tensor([3, 2]))
+        >>> round(histogram.thresholds(torch.tensor([2])).item(), 3)
+        0.25
+    """
+
+    def __init__(
+        self, rows: int, low: float, high: float, device: torch.device | str = "cpu"
+    ) -> None:
+        span = torch.tensor(high, dtype=torch.float32) - torch.tensor(low, dtype=torch.float32)
+        if not (0 < float(span) < torch.inf):
+            raise InputError(
+                f"a histogram needs a finite range with low < high; got [{low}, {high}]. "
+                'Use store="exact" for scores without one'
+            )
+        self.rows: int = rows
+        self.low: float = low
+        self.high: float = high
+        self._half = float(span) / 2
+        self._least = self._half * 2.0**-23
+        self._first = int(_mantissa(torch.tensor(self._least)))
+        side = int(_mantissa(torch.tensor(self._half))) - self._first + 1
+        self.num_cells: int = 2 * side + 1  # both sides, and +inf
+        self.mass: Tensor = torch.zeros(rows * self.num_cells + 1, dtype=torch.int64, device=device)
+
+    def fits(self, scores: Tensor) -> Tensor:
+        """Whether each float32 score can be remembered: in range, or ``+inf``. Bool."""
+        return ((scores >= self.low) & (scores <= self.high)) | (scores == torch.inf)
+
+    def cells(self, scores: Tensor) -> Tensor:
+        """The cell of each float32 score; a larger score never has a smaller cell. int64."""
+        below, above = scores - self.low, self.high - scores
+        rising = _mantissa(below.clamp(self._least, self._half)) - self._first
+        falling = self.num_cells - 2 - _mantissa(above.clamp(self._least, self._half)) + self._first
+        cells = torch.where(below <= above, rising, falling)
+        return torch.where(scores == torch.inf, self.num_cells - 1, cells).long()
+
+    def edges(self) -> Tensor:
+        """The largest float32 of each cell, found by bisection on :meth:`cells`. ``(K,)``."""
+        target = torch.arange(self.num_cells - 1, device=self.mass.device)
+        ends = torch.tensor([self.low, self.high], dtype=torch.float32, device=self.mass.device)
+        least, most = _ordered(ends)
+        inside, outside = (
+            torch.full_like(target, int(least)),
+            torch.full_like(target, int(most) + 1),
+        )
+        while bool((outside - inside > 1).any()):
+            middle = (inside + outside) // 2
+            fits = self.cells(_unordered(middle)) <= target
+            inside, outside = torch.where(fits, middle, inside), torch.where(fits, outside, middle)
+        return torch.cat((_unordered(inside), inside.new_full((1,), 0).float() + torch.inf))
+
+    def add(self, keys: Tensor, mass: Tensor) -> None:
+        """Add mass at ``keys = row * num_cells + cell``; the key past the last is thrown away."""
+        self.mass.index_add_(0, keys.reshape(-1), mass.reshape(-1))
+
+    def thresholds(self, budgets: Tensor) -> Tensor:
+        """Per row, the smallest cell's edge with at most ``budgets`` above it. float32 ``(R,)``.
+
+        A negative budget gives ``+inf``.
+        """
+        mass = self.mass[:-1].view(self.rows, self.num_cells)
+        total = mass.sum(1, keepdim=True)
+        over = total - mass.cumsum(1)
+        cell = (over > budgets[:, None]).sum(1).clamp(max=self.num_cells - 1)
+        return torch.where(budgets < 0, torch.inf, self.edges()[cell])
+
+    def above(self, thresholds: Tensor) -> Tensor:
+        """Per row, the mass in cells above that of a float32 threshold. int64 ``(R,)``."""
+        mass = self.mass[:-1].view(self.rows, self.num_cells)
+        cell = torch.arange(self.num_cells, device=mass.device)
+        return (mass * (cell > self.cells(thresholds)[:, None])).sum(1)
+
+    def pool(self, groups: Tensor, count: int) -> "Histogram":
+        """Rows added up: row ``i`` goes to row ``groups[i]`` of ``count``, < 0 to none."""
+        pooled = Histogram(count, self.low, self.high, self.mass.device)
+        chosen = groups >= 0
+        mass = self.mass[:-1].view(self.rows, self.num_cells)[chosen]
+        pooled.mass[:-1].view(count, self.num_cells).index_add_(0, groups[chosen], mass)
+        return pooled
+
+    def state(self) -> dict[str, Tensor]:
+        """The masses."""
+        return {"mass": self.mass[:-1].clone()}
+
+    def absorb(self, state: Mapping[str, Tensor]) -> None:
+        """Add the :meth:`state` of a histogram of the same rows and range."""
+        self.mass[:-1] += state["mass"].to(self.mass.device)
+
+
+def _mantissa(distance: Tensor) -> Tensor:
+    """Exponent and ten bits of mantissa of a positive float32. int32."""
+    return distance.view(torch.int32) >> 13
+
+
+@final
+class Exact:
+    """Every score that holds mass: one cell per float32, sparse and sorted.
+
+    Sixteen bytes per distinct score and row.
+
+    Args:
+        rows: Number of thresholds, R.
+        tail: If given, forget what can never be a threshold for a budget of at most ``tail``:
+            entries with more than ``tail`` mass strictly above them. Mass above only grows, so
+            what is forgotten stays irrelevant, whatever follows.
+        device: Where the entries live.
+
+    Examples:
+        >>> exact = Exact(1)
+        >>> exact.add(exact.cells(torch.tensor([0.25, 0.5])), torch.tensor([3, 2]))
+        >>> exact.thresholds(torch.tensor([2])).item()
+        0.25
+    """
+
+    num_cells: int = 2**32
+
+    def __init__(
+        self, rows: int, tail: int | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        self.rows: int = rows
+        self.tail: int | None = tail
+        self._keys = torch.zeros(0, dtype=torch.int64, device=device)
+        self._mass = torch.zeros(0, dtype=torch.int64, device=device)
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    def fits(self, scores: Tensor) -> Tensor:
+        """Whether each float32 score can be remembered: any but NaN and ``-inf``. Bool."""
+        return scores > -torch.inf
+
+    def cells(self, scores: Tensor) -> Tensor:
+        """The cell of each float32 score: its bits in order. int64."""
+        return _ordered(scores)
+
+    def add(self, keys: Tensor, mass: Tensor) -> None:
+        """Add mass at ``keys = row * num_cells + cell``; the key past the last is thrown away."""
+        self._waiting.append((keys.reshape(-1), mass.expand_as(keys).reshape(-1)))
+        if sum(len(keys) for keys, _ in self._waiting) > max(2**22, len(self._keys)):
+            self._settle()
+
+    def _settle(self) -> None:
+        keys = torch.cat([self._keys, *(keys for keys, _ in self._waiting)])
+        mass = torch.cat([self._mass, *(mass for _, mass in self._waiting)])
+        self._waiting = []
+        self._keys, index = torch.unique(keys, sorted=True, return_inverse=True)
+        self._mass = torch.zeros_like(self._keys).index_add(0, index, mass)
+        keep = self._keys < self.rows * self.num_cells
+        if self.tail is not None:
+            keep &= mass_above(self._keys // self.num_cells, self._mass) <= self.tail
+        self._keys, self._mass = self._keys[keep], self._mass[keep]
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, score and mass of every entry, by row, then score. Each ``(N,)``."""
+        if self._waiting:
+            self._settle()
+        rows = self._keys // self.num_cells
+        return rows, _unordered(self._keys - rows * self.num_cells), self._mass
+
+    def thresholds(self, budgets: Tensor) -> Tensor:
+        """Per row, the smallest score with at most ``budgets`` above it. float32 ``(R,)``.
+
+        A negative budget gives ``+inf``.
+        """
+        rows, scores, mass = self.entries()
+        within = mass_above(rows, mass) <= budgets[rows]
+        least = torch.full((self.rows,), torch.inf, device=scores.device)
+        least.scatter_reduce_(0, rows[within], scores[within], "amin")
+        return torch.where(budgets < 0, torch.inf, least)
+
+    def above(self, thresholds: Tensor) -> Tensor:
+        """Per row, the mass of scores above a float32 threshold. int64 ``(R,)``."""
+        rows, scores, mass = self.entries()
+        over = mass * (scores > thresholds[rows])
+        return torch.zeros(self.rows, dtype=torch.int64, device=mass.device).index_add(
+            0, rows, over
+        )
+
+    def pool(self, groups: Tensor, count: int) -> "Exact":
+        """Rows added up: row ``i`` goes to row ``groups[i]`` of ``count``, < 0 to none."""
+        rows, scores, mass = self.entries()
+        chosen = groups[rows] >= 0
+        pooled = Exact(count, self.tail, mass.device)
+        keys = groups[rows[chosen]] * self.num_cells + self.cells(scores[chosen])
+        pooled.add(keys, mass[chosen])
+        return pooled
+
+    def state(self) -> dict[str, Tensor]:
+        """Keys and masses, sorted."""
+        self.entries()
+        return {"keys": self._keys.clone(), "mass": self._mass.clone()}
+
+    def absorb(self, state: Mapping[str, Tensor]) -> None:
+        """Add the :meth:`state` of a store of the same rows."""
+        device = self._keys.device
+        # A copy: what waits to be sorted in must not change with the caller's state.
+        self.add(state["keys"].to(device, copy=True), state["mass"].to(device, copy=True))
+
+
+@final
+class Evidence:
+    """Scores with mass 1 per unit and row, shared by the unit's pixels in that row.
+
+    Args:
+        store: Where closed units go.
+        by_unit: True: a pixel of unit i and row g weighs ``ceil(UNIT_MASS / m_ig)``. False: every
+            pixel weighs 1, and is a unit.
+    """
+
+    def __init__(
+        self, store: Histogram | Exact, *, by_unit: bool, device: torch.device | str
+    ) -> None:
+        self.store: Histogram | Exact = store
+        self.by_unit: bool = by_unit
+        self.unit_mass: int = UNIT_MASS if by_unit else 1
+        self.num_units: Tensor = torch.zeros(store.rows, dtype=torch.int64, device=device)
+        self.num_pixels: Tensor = torch.zeros(store.rows, dtype=torch.int64, device=device)
+        # Tiles of units that are still open: keys and how many pixels each has seen.
+        self._open: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def open_ids(self) -> list[int]:
+        """Ids of the units in the ledger."""
+        return sorted(self._open)
+
+    def add(
+        self, scores: Tensor, rows: Tensor, valid: Tensor, unit_ids: Sequence[int] | None
+    ) -> None:
+        """Add one batch.
+
+        Args:
+            scores: float32 scores of the labels. Shape ``(B, N)``.
+            rows: int64 row of each pixel, anything where not valid. Shape ``(B, N)``.
+            valid: Which pixels count. Bool ``(B, N)``.
+            unit_ids: The unit of each batch entry, which stays open; None: each is one unit.
+        """
+        batch = scores.shape[0]
+        nowhere = self.store.rows * self.store.num_cells
+        rows = torch.where(valid, rows, 0)
+        keys = torch.where(valid, rows * self.store.num_cells + self.store.cells(scores), nowhere)
+        if unit_ids is not None:
+            for held, unit in zip(keys, unit_ids, strict=True):
+                self._hold(unit, *torch.unique(held, return_counts=True))
+            return
+        entry = torch.arange(batch, device=rows.device)[:, None] * self.store.rows
+        pixels = _counts(
+            torch.where(valid, rows + entry, batch * self.store.rows), batch * self.store.rows
+        ).view(batch, -1)
+        self._count(pixels)
+        share = _share(pixels) if self.by_unit else torch.ones_like(pixels)
+        self.store.add(keys, share.view(-1)[rows + entry])
+
+    def _hold(self, unit: int, keys: Tensor, counts: Tensor) -> None:
+        seen = keys < self.store.rows * self.store.num_cells
+        keys, counts = keys[seen], counts[seen]
+        if unit in self._open:
+            keys = torch.cat((self._open[unit][0], keys.to(self.num_units.device)))
+            counts = torch.cat((self._open[unit][1], counts.to(self.num_units.device)))
+            keys, index = torch.unique(keys, sorted=True, return_inverse=True)
+            counts = torch.zeros_like(keys).index_add(0, index, counts)
+        self._open[unit] = keys, counts
+
+    def _count(self, pixels: Tensor) -> None:
+        """Take note of units with these many pixels per row. int64 ``(units, R)``."""
+        self.num_pixels += pixels.sum(0)
+        self.num_units += (pixels > 0).sum(0) if self.by_unit else pixels.sum(0)
+
+    def close(self, unit_ids: Iterable[int]) -> None:
+        """Move those of these units that are open into the store: their counts are final."""
+        for unit in unit_ids:
+            if unit not in self._open:
+                continue
+            keys, counts = self._open.pop(unit)
+            rows = keys // self.store.num_cells
+            pixels = torch.zeros_like(self.num_pixels).index_add(0, rows, counts)
+            self._count(pixels[None])
+            self.store.add(keys, counts * _share(pixels)[rows])
+
+    def budgets(self, alphas: Sequence[float]) -> Tensor:
+        """Most mass above each row's threshold at its alpha; negative: none is finite. ``(R,)``."""
+        pairs = list(zip(alphas, self.num_units.tolist(), strict=True))
+        known = {pair: budget(*pair, self.unit_mass) for pair in set(pairs)}
+        return torch.tensor([known[pair] for pair in pairs], device=self.num_units.device)
+
+    def quantiles(self, alphas: Sequence[float]) -> Tensor:
+        """Each row's conformal threshold at its alpha. float32 ``(R,)``."""
+        return self.store.thresholds(self.budgets(alphas))
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything, as tensors: the same for any order of the same updates and merges."""
+        held = [self._open[unit] for unit in self.open_ids]
+        empty = self.num_units[:0]
+        return {
+            "num_units": self.num_units.clone(),
+            "num_pixels": self.num_pixels.clone(),
+            "open_ids": torch.tensor(self.open_ids, dtype=torch.int64),
+            "open_sizes": torch.tensor([len(keys) for keys, _ in held], dtype=torch.int64),
+            "open_keys": torch.cat([empty, *(keys for keys, _ in held)]),
+            "open_counts": torch.cat([empty, *(counts for _, counts in held)]),
+            **self.store.state(),
+        }
+
+    def absorb(self, state: Mapping[str, Tensor]) -> None:
+        """Add the :meth:`state` of evidence of the same kind, open units included."""
+        device = self.num_units.device
+        self.store.absorb(state)
+        self.num_units += state["num_units"].to(device)
+        self.num_pixels += state["num_pixels"].to(device)
+        sizes = state["open_sizes"].tolist()
+        keys = _split(state["open_keys"].to(device), sizes)
+        counts = _split(state["open_counts"].to(device), sizes)
+        for unit, held, pixels in zip(state["open_ids"].tolist(), keys, counts, strict=True):
+            self._hold(unit, held, pixels)
+
+
+def _split(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    return tuple(torch.split_with_sizes(values, list(sizes)))
+
+
+def _counts(index: Tensor, size: int) -> Tensor:
+    """How often each of ``0 .. size - 1`` occurs; ``size`` itself is thrown away. int64."""
+    counts = torch.zeros(size + 1, dtype=torch.int64, device=index.device)
+    flat = index.reshape(-1)
+    return counts.index_add_(0, flat, torch.ones_like(flat))[:-1]
+
+
+def _share(pixels: Tensor) -> Tensor:
+    """Mass of one of ``pixels`` pixels of a unit: rounded up, so that it can only raise."""
+    return -(-UNIT_MASS // pixels.clamp(min=1))
+
+
+class Mergeable(Protocol):
+    """What :func:`merge_all` and :func:`gather` take: calibrators and metrics."""
+
+    def merge(self, other: Self, /) -> Self:
+        """Add what another has seen; the other stays as it is."""
+        ...
+
+    def state_dict(self) -> dict[str, object]:
+        """Everything, as tensors, numbers and strings."""
+        ...
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, object], /) -> Self:
+        """The accumulator that gave this state."""
+        ...
+
+
+_Kind = TypeVar("_Kind", bound=Mergeable)
+
+
+def merge_all(accumulators: Iterable[_Kind]) -> _Kind:
+    """One accumulator that has seen what all of them have; they stay as they are.
+
+    Args:
+        accumulators: At least one, all made with the same arguments.
+
+    Returns:
+        A new accumulator. The order does not matter, to the bit.
+
+    Raises:
+        InputError: If there are none, or two differ in their arguments.
+    """
+    items = list(accumulators)
+    if not items:
+        raise InputError("accumulators must hold at least one; got none")
+    merged = _another(items[0], items[0].state_dict())
+    for item in items[1:]:
+        merged = merged.merge(item)
+    return merged
+
+
+def gather(accumulator: _Kind) -> _Kind:
+    """What all processes of the default process group have seen, on every one of them.
+
+    The only call of cpseg that talks to other processes. Ranks may have seen any share of the
+    data, or nothing. Without an initialised process group it is a copy.
+
+    Args:
+        accumulator: This process's accumulator, which stays as it is.
+
+    Returns:
+        The merged accumulator, identical on every rank.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return merge_all([accumulator])
+    return merge_all(_another(accumulator, s) for s in _all_states(accumulator.state_dict()))
+
+
+def _another(like: _Kind, state: Mapping[str, object]) -> _Kind:
+    """The accumulator that gave this state: a score of the user's own is not in it, but here."""
+    build: Callable[..., _Kind] = type(like).from_state_dict
+    score = getattr(like, "score", None)
+    return build(state) if score is None else build(state, score=score)
+
+
+def _all_states(state: dict[str, object]) -> list[dict[str, object]]:
+    """Every rank's state, sent as the bytes of a ``weights_only`` file."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    sent = torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8).to(device)
+    world = dist.get_world_size()
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([len(sent)], device=device))
+    longest = max(int(size) for size in sizes)
+    padded = torch.cat((sent, sent.new_zeros(longest - len(sent))))
+    received = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(received, padded)
+    return [
+        torch.load(
+            io.BytesIO(data[: int(size)].cpu().numpy().tobytes()),
+            map_location=device,  # another rank's device may not exist here
+            weights_only=True,
+        )
+        for data, size in zip(received, sizes, strict=True)
+    ]

@@ -1,0 +1,453 @@
+"""The frozen result of calibration: thresholds, what they rest on, and what they promise."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, cast, final
+
+import torch
+from torch import Tensor
+
+from cpseg.errors import FileError, InputError
+from cpseg.protocols import Score
+from cpseg.quantile import level
+from cpseg.scores import APS, LAC, RAPS, SAPS, Margin, TopK
+
+__all__ = ["Calibration", "Guarantee", "describe_score", "score_from_description"]
+
+_FORMAT = "cpseg.calibration"
+_VERSION = 1
+_BUILT_IN = {kind.__name__: kind for kind in (LAC, APS, RAPS, SAPS, Margin, TopK)}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Guarantee:
+    """What a calibration promises, in parts; ``str()`` makes it a paragraph.
+
+    Attributes:
+        event: What is bounded, and by how much.
+        level: ``1 - alpha``, one for all or one per class.
+        unit: What is exchangeable: ``"image"`` or ``"pixel"``. For single locations it is the
+            image either way: an image has one pixel there.
+        n: Number of calibration units behind it: the fewest and the most over groups.
+        probability: What the statement is over.
+        assumptions: What must be true for it.
+        exceptions: Where nothing, or nothing useful, is promised.
+    """
+
+    event: str
+    level: float | tuple[float, ...]
+    unit: str
+    n: tuple[int, int]
+    probability: str
+    assumptions: tuple[str, ...]
+    exceptions: tuple[str, ...]
+
+    def __str__(self) -> str:
+        few, many = self.n
+        units = f"{many}" if few == many else f"{few} to {many}"
+        noun = self.unit if few == many == 1 else f"{self.unit}s"
+        parts = [
+            f"{self.event}, {self.probability} ({units} calibration {noun}).",
+            f"Assumptions: {'; '.join(self.assumptions)}.",
+            *self.exceptions,
+        ]
+        return " ".join(parts)
+
+
+@final
+@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
+class Calibration:
+    """Thresholds and what they rest on. Made by a calibrator's ``compute``.
+
+    A class is in a pixel's set when its score does not exceed the threshold of the pixel's group.
+
+    Guarantee:
+        See :attr:`guarantee`: it depends on unit, groups and fallback, and prints as a sentence.
+
+    Attributes:
+        thresholds: float32, ``+inf`` where nothing can be promised. Shape ``(1,)``, ``(C,)``,
+            ``(G,)``, ``(G, C)`` or that of the locations.
+        axes: What those axes are: ``()``, ``("class",)``, ``("group",)``, ``("group", "class")``
+            or ``("location",)``.
+        alpha: The level, one for all or one per class.
+        score: The nonconformity score.
+        unit: What is exchangeable, ``"image"`` or ``"pixel"``.
+        num_classes: C of the calibration logits; None if there were none.
+        num_units: int64 units behind each threshold. Shape of ``thresholds``.
+        num_pixels: int64 labelled pixels behind each threshold. Shape of ``thresholds``.
+        ignore_index: Label of pixels that do not count.
+        fallback: What replaced thresholds of groups with too few units; None for nothing.
+        fallback_groups: Which thresholds it replaced. Bool, shape of ``thresholds``.
+        max_share: Largest share of a batch entry's pixels, void ones included, that each class
+            had in calibration. float64 ``(C,)``.
+        source: What the logits came from, where that matters (a cache that rounds names itself).
+        clustered: Whether locations share thresholds in clusters; then what is promised holds on
+            average over a cluster, not at each location.
+    """
+
+    thresholds: Tensor
+    axes: tuple[str, ...]
+    alpha: float | tuple[float, ...]
+    score: Score
+    unit: Literal["image", "pixel"]
+    num_classes: int | None
+    num_units: Tensor
+    num_pixels: Tensor
+    ignore_index: int
+    fallback: str | None
+    fallback_groups: Tensor
+    max_share: Tensor
+    source: str | None
+    clustered: bool = False
+
+    def __repr__(self) -> str:
+        """One line: what was asked for, and what came out."""
+        finite = self.thresholds[self.thresholds.isfinite()]
+        span = f" in [{finite.min():.4g}, {finite.max():.4g}]" if finite.numel() else ""
+        few, many = int(self.num_units.min()), int(self.num_units.max())
+        alpha = _span(self.alpha) if isinstance(self.alpha, tuple) else f"{self.alpha}"
+        return (
+            f"Calibration(axes={self.axes}, alpha={alpha}, score={self.score!r}, "
+            f"num_classes={self.num_classes}: {finite.numel()} of {self.thresholds.numel()} "
+            f"thresholds finite{span}, {few if few == many else f'{few} to {many}'} {self.unit}s, "
+            f"fallback={self.fallback})"
+        )
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """What is promised, about what, and under which assumptions."""
+        own = self.num_units[~self.fallback_groups]
+        counted = own if own.numel() else self.num_units.flatten()
+        unit = _unit(self)
+        return Guarantee(
+            event=_event(self, unit),
+            level=_level(self.alpha),
+            unit=unit,
+            n=(int(counted.min()), int(counted.max())),
+            probability=f"{'over' if _is_single(self) else _OVER[unit]} the calibration "
+            f"{unit}s and the new one",
+            assumptions=_assumptions(self, unit),
+            exceptions=_exceptions(self, unit),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a JSON file that :meth:`load` reads back exactly. Atomic: all of it, or nothing."""
+        content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "guarantee": str(self.guarantee),
+            "score": describe_score(self.score),
+            "axes": list(self.axes),
+            "alpha": list(self.alpha) if isinstance(self.alpha, tuple) else self.alpha,
+            "unit": self.unit,
+            "num_classes": self.num_classes,
+            "ignore_index": self.ignore_index,
+            "fallback": self.fallback,
+            "source": self.source,
+            "clustered": self.clustered,
+            **{name: _to_json(getattr(self, name)) for name in _TENSORS},
+        }
+        target = Path(path)
+        fields = {**content, "sha256": _digest(content)}
+        lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
+        text = "{\n" + ",\n".join(lines) + "\n}\n"
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], score: Score | None = None) -> Self:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: The file.
+            score: The score, if it is one of your own; it must be the one the file names.
+
+        Returns:
+            The calibration, exactly as it was saved, on the CPU.
+
+        Raises:
+            FileError: If the file is no calibration, damaged, or of another version.
+            OSError: If there is no such file, or it cannot be read.
+            InputError: If ``score`` is needed and missing, or is another one.
+        """
+        content = _read(Path(path))
+        try:
+            alpha = content["alpha"]
+            return cls(
+                axes=tuple(content["axes"]),
+                alpha=tuple(alpha) if isinstance(alpha, list) else float(alpha),
+                score=score_from_description(content["score"], score),
+                unit=content["unit"],
+                num_classes=content["num_classes"],
+                ignore_index=content["ignore_index"],
+                fallback=content["fallback"],
+                source=content["source"],
+                clustered=content["clustered"],
+                **{name: _from_json(content[name], dtype) for name, dtype in _TENSORS.items()},
+            )
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise FileError(f"{path} is not a complete calibration: {error}") from error
+
+
+_TENSORS = {
+    "thresholds": torch.float32,
+    "num_units": torch.int64,
+    "num_pixels": torch.int64,
+    "fallback_groups": torch.bool,
+    "max_share": torch.float64,
+}
+
+
+def describe_score(score: Score) -> dict[str, Any]:
+    """A score as plain data: its name, and its parameters if it is a dataclass.
+
+    Raises:
+        InputError: If a parameter is not plain data (numbers, strings, lists, ...).
+    """
+    kind = type(score)
+    name = kind.__name__ if kind in _BUILT_IN.values() else f"{kind.__module__}.{kind.__qualname__}"
+    instance: Any = score
+    parameters: dict[str, Any] = {}
+    if is_dataclass(instance) and not isinstance(instance, type):
+        parameters = asdict(instance)
+    try:  # as they will be read back: tuples become lists
+        parameters = json.loads(json.dumps(parameters, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"score must have parameters that JSON can hold to be saved; got {name}: {error}"
+        ) from error
+    return {"name": name, "parameters": parameters}
+
+
+def score_from_description(description: Mapping[str, Any], score: Score | None = None) -> Score:
+    """The score that :func:`describe_score` described.
+
+    Args:
+        description: Name and parameters.
+        score: The score itself, if it is not one of cpseg's.
+
+    Returns:
+        The score.
+
+    Raises:
+        InputError: If ``score`` is needed and missing, or is another one.
+    """
+    name, parameters = description["name"], description["parameters"]
+    if score is not None:
+        given = describe_score(score)
+        if given != {"name": name, "parameters": parameters}:
+            raise InputError(
+                f"score must be {_call(description)}, which made this; got {_call(given)}"
+            )
+        return score
+    if name not in _BUILT_IN:
+        raise InputError(f"score must be given: this was made with {_call(description)}")
+    return cast("Score", _BUILT_IN[name](**parameters))
+
+
+def _call(description: Mapping[str, Any]) -> str:
+    arguments = ", ".join(f"{key}={value!r}" for key, value in description["parameters"].items())
+    return f"{description['name']}({arguments})"
+
+
+# --- the statement -------------------------------------------------------------------------------
+
+_OVER = {"image": "in expectation over", "pixel": "over"}
+_PLACES: dict[tuple[str, ...], str] = {  # "in a new image ..."
+    (): "In a new image, the share of labelled pixels whose class is missing from their set",
+    ("class",): (
+        "For each class, in a new image that contains it, the share of its labelled pixels whose "
+        "set misses it"
+    ),
+    ("group",): (
+        "For each group, in a new image with labelled pixels there, the share of them whose class "
+        "is missing from their set"
+    ),
+    ("group", "class"): (
+        "For each group and class, in a new image with labelled pixels of that class in that "
+        "group, the share of them whose set misses it"
+    ),
+    ("location",): (
+        "For each cluster of locations, in a new image with labelled pixels there, the share of "
+        "them whose class is missing from their set"
+    ),
+}
+_PIXELS: dict[tuple[str, ...], str] = {
+    (): "A new labelled pixel has a set that misses its class",
+    ("class",): "For each class, a new labelled pixel of that class has a set that misses it",
+    ("group",): "For each group, a new labelled pixel there has a set that misses its class",
+    ("group", "class"): (
+        "For each group and class, a new labelled pixel of that class in that group has a set "
+        "that misses it"
+    ),
+    ("location",): (
+        "For each cluster of locations, a new labelled pixel there has a set that misses its class"
+    ),
+}
+
+
+def _is_single(calibration: Calibration) -> bool:
+    """Whether each location has a threshold of its own."""
+    return calibration.axes == ("location",) and not calibration.clustered
+
+
+def _unit(calibration: Calibration) -> Literal["image", "pixel"]:
+    # An image has one pixel at a location, so counting pixels there counts images.
+    return "image" if _is_single(calibration) else calibration.unit
+
+
+def _level(alpha: float | tuple[float, ...]) -> float | tuple[float, ...]:
+    if isinstance(alpha, tuple):
+        return tuple(float(1 - level(value)) for value in alpha)
+    return float(1 - level(alpha))
+
+
+def _span(values: tuple[float, ...]) -> str:
+    least, most = min(values), max(values)
+    return f"{least}" if least == most else f"{least} to {most}"
+
+
+def _event(calibration: Calibration, unit: Literal["image", "pixel"]) -> str:
+    alpha = calibration.alpha
+    most = f"alpha of that class ({_span(alpha)})" if isinstance(alpha, tuple) else f"{alpha}"
+    if _is_single(calibration):
+        return (
+            "For each location, in a new image labelled there, the class is missing from its set "
+            f"with probability at most {most}"
+        )
+    if unit == "pixel":
+        return f"{_PIXELS[calibration.axes]} with probability at most {most}"
+    return f"{_PLACES[calibration.axes]} is at most {most}"
+
+
+def _assumptions(calibration: Calibration, unit: Literal["image", "pixel"]) -> tuple[str, ...]:
+    fixed = "alpha and score"
+    if "group" in calibration.axes:
+        fixed = "alpha, score and groups"
+    elif calibration.clustered:
+        fixed = "alpha, score and clusters"
+    what = (
+        "the calibration images and the new one are exchangeable (an image being what unit_ids "
+        "named, where they were given)"
+        if unit == "image"
+        else "the calibration pixels and the new one are exchangeable, each with every other"
+    )
+    source = "" if calibration.source is None else f", by {calibration.source}"
+    return (
+        what,
+        f"{fixed} were chosen without the calibration labels",
+        f"the new logits are computed as those for calibration were{source}",
+    )
+
+
+def _exceptions(calibration: Calibration, unit: Literal["image", "pixel"]) -> tuple[str, ...]:
+    axes = calibration.axes
+    starved = calibration.thresholds.isinf()
+    replaced = calibration.fallback_groups & ~starved
+    few = f"with so few calibration {unit}s"
+    lines: list[str] = []
+    if starved.any():
+        place = f" for {_where(axes, starved)}" if axes else ""
+        there = " there" if axes else ""
+        result = "kept in every set" if "class" in axes else f"every set{there} is full"
+        lines.append(f"No finite threshold can promise this{place} {few}: {result}.")
+    if replaced.any():
+        lines.append(
+            f"Nothing is promised for {_where(axes, replaced)}: {few} the threshold comes from "
+            f'the fallback "{calibration.fallback}".'
+        )
+    if unit == "pixel":
+        lines.append(
+            "Pixels of one image are not exchangeable with those of another, so for pixels that "
+            f"come in images {_for_images(axes)}."
+        )
+    elif axes == ("location",) and not replaced.any():
+        lines.append(
+            "It implies the same for an image as a whole where every image is labelled everywhere, "
+            "and not in general otherwise."
+        )
+    elif axes:
+        lines.append("It does not imply the same for an image as a whole.")
+    return tuple(lines)
+
+
+def _for_images(axes: tuple[str, ...]) -> str:
+    """What pooled pixels promise: CRC on equal images, by the monotone share of missed pixels."""
+    if "class" in axes:
+        return "nothing is promised"
+    places: dict[tuple[str, ...], str] = {
+        (): "",
+        ("group",): " in the group",
+        ("location",): " in the cluster",
+    }
+    there = places[axes]
+    return (
+        "the probability is at most alpha + (1 - alpha) / (m + 1) if all images, m of them for "
+        f"calibration, have equally many labelled pixels{there}, and nothing is promised otherwise"
+    )
+
+
+def _where(axes: tuple[str, ...], mask: Tensor) -> str:
+    """The marked places, the first twelve by name."""
+    places = [place[0] if len(place) == 1 else tuple(place) for place in mask.nonzero().tolist()]
+    if axes == ("group", "class"):
+        name = "(group, class)"
+    else:
+        plural = {"class": "classes", "group": "groups", "location": "locations"}
+        name = axes[0] if len(places) == 1 else plural[axes[0]]
+    more = f" and {len(places) - 12} more" if len(places) > 12 else ""
+    return f"{name} {', '.join(map(str, places[:12]))}{more}"
+
+
+# --- the file ------------------------------------------------------------------------------------
+
+
+def _to_json(tensor: Tensor) -> dict[str, Any]:
+    # A float32 printed as the float64 it equals reads back as itself.
+    values = tensor.detach().flatten().tolist()
+    if tensor.is_floating_point():
+        values = ["inf" if value == torch.inf else value for value in values]
+    return {"shape": list(tensor.shape), "values": values}
+
+
+def _from_json(entry: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
+    values = [torch.inf if value == "inf" else value for value in entry["values"]]
+    return torch.tensor(values, dtype=dtype).reshape(entry["shape"])
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: Any = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # undecodable, no JSON, or absurdly large or deep
+        raise FileError(f"{path} is not a cpseg calibration, or is damaged: {error}") from error
+    if not isinstance(content, dict) or cast("dict[str, Any]", content).get("format") != _FORMAT:
+        raise FileError(f"{path} is not a cpseg calibration")
+    fields = cast("dict[str, Any]", content)
+    if fields.get("version") != _VERSION:
+        raise FileError(
+            f"{path} has version {fields.get('version')}; this cpseg reads version {_VERSION}"
+        )
+    recorded = fields.pop("sha256", None)
+    try:
+        intact = recorded == _digest(fields)
+    except (ValueError, RecursionError):  # NaN or an overflow, which we never write
+        intact = False
+    if not intact:
+        raise FileError(f"{path} is damaged: its content does not match its SHA-256")
+    return fields

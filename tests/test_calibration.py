@@ -1,0 +1,489 @@
+"""Calibration: files that round-trip exactly or are refused, and statements that are true."""
+
+import json
+import math
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cpseg import (
+    APS,
+    LAC,
+    RAPS,
+    SAPS,
+    Calibration,
+    ClassConditionalCalibrator,
+    GroupCalibrator,
+    LocationCalibrator,
+    Margin,
+    PixelSetPredictor,
+    SplitCalibrator,
+    TopK,
+)
+from cpseg.calibration import describe_score
+from cpseg.errors import FileError, InputError
+from cpseg.protocols import Score
+from cpseg.tuning import annuli
+
+C, SPACE, G = 4, (5, 3), 2
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A user's own score, with parameters of several kinds."""
+
+    scale: float = 1.0
+    shape: tuple[int, ...] = (1, 2)
+    payload: object = None
+    follows_logits: bool = True
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return -self.scale * logits
+
+    def of_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return -self.scale * logits.gather(1, labels[:, None])[:, 0]
+
+    def range(self, num_classes: int) -> None:
+        del num_classes
+
+    def tolerance(self, num_classes: int) -> float:
+        return 0.0 * num_classes
+
+
+class Plain(Scaled):
+    """Another one."""
+
+
+def data(batch: int = 12) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn((batch, C, *SPACE), generator=generator)
+    labels = torch.randint(0, C - 1, (batch, *SPACE), generator=generator)  # class 3 is absent
+    return logits, labels
+
+
+def made(kind: str, unit: Any = "image", alpha: Any = 0.1, fallback: Any = None) -> Calibration:
+    logits, labels = data()
+    groups = torch.arange(SPACE[0] * SPACE[1]).view(SPACE) % G
+    match kind:
+        case "split":
+            return SplitCalibrator(unit=unit).update(logits, labels).compute(alpha, fallback)
+        case "class":
+            by_class = ClassConditionalCalibrator(C, unit=unit).update(logits, labels)
+            return by_class.compute(alpha, fallback)
+        case "group":
+            by_group = GroupCalibrator(G, unit=unit).update(logits, labels, groups)
+            return by_group.compute(alpha, fallback)
+        case "both":
+            by_both = GroupCalibrator(G, C, unit=unit).update(logits, labels, groups)
+            return by_both.compute(alpha, fallback)
+        case "location":
+            by_place = LocationCalibrator(SPACE, unit=unit).update(logits, labels)
+            return by_place.compute(alpha, fallback)
+        case _:
+            rings = LocationCalibrator(SPACE, annuli(SPACE, 2), unit=unit)
+            return rings.update(logits, labels).compute(alpha, fallback)
+
+
+KINDS = ["split", "class", "group", "both", "location", "rings"]
+
+
+def assert_equal(one: Calibration, other: Calibration) -> None:
+    for field in fields(Calibration):
+        mine, theirs = getattr(one, field.name), getattr(other, field.name)
+        assert type(mine) is type(theirs), field.name
+        if isinstance(mine, Tensor):
+            assert mine.dtype == theirs.dtype, field.name
+            assert torch.equal(mine, theirs), field.name
+        else:
+            assert mine == theirs, field.name
+    assert one.guarantee == other.guarantee
+
+
+# --- the file ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("unit", ["image", "pixel"])
+@pytest.mark.parametrize("fallback", [None, "pooled"])
+def test_a_file_gives_back_the_calibration_exactly(
+    kind: str, unit: str, fallback: str | None, tmp_path: Path
+) -> None:
+    for alpha in (0.1, 0.01, [0.1, 0.3, 0.05, 0.2]):
+        if isinstance(alpha, list) and kind not in ("class", "both"):
+            continue
+        calibration = made(kind, unit, alpha, fallback)
+        path = tmp_path / "calibration.json"
+        calibration.save(path)
+        assert_equal(Calibration.load(path), calibration)
+        assert_equal(Calibration.load(str(path)), calibration)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["calibration.json"]
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        LAC(),
+        APS(randomized=True, seed=2**40),
+        RAPS(penalty=0.1, k_reg=2),
+        SAPS(weight=1 / 3),
+        Margin(),
+        TopK(),
+    ],
+    ids=repr,
+)
+def test_a_file_remembers_the_score_and_its_parameters(score: Score, tmp_path: Path) -> None:
+    calibration = SplitCalibrator(score).update(*data()).compute(0.1)
+    calibration.save(tmp_path / "c")
+    loaded = Calibration.load(tmp_path / "c")
+    assert loaded.score == score
+    logits = data(2)[0]
+    assert torch.equal(PixelSetPredictor(loaded)(logits), PixelSetPredictor(calibration)(logits))
+    assert_equal(Calibration.load(tmp_path / "c", score=score), calibration)
+
+
+def test_every_bit_of_large_maps_survives(tmp_path: Path) -> None:
+    shape = (200, 150)
+    bits = torch.randint(0, 2**31 - 2**23, shape, generator=torch.Generator().manual_seed(1))
+    thresholds = bits.int().view(torch.float32)
+    thresholds[bits % 7 == 0] *= -1
+    thresholds[0, 0] = math.inf
+    large = bits << 31
+    big = replace(
+        made("location"),
+        thresholds=thresholds,
+        num_units=large,
+        num_pixels=-large,
+        fallback_groups=bits % 2 == 0,
+        max_share=torch.rand(999, dtype=torch.float64),
+        source="a cache",
+        ignore_index=-100,
+        num_classes=None,
+    )
+    big.save(tmp_path / "c")
+    assert_equal(Calibration.load(tmp_path / "c"), big)
+    assert (tmp_path / "c").stat().st_size < 100 * bits.numel()
+
+
+def test_an_empty_calibrator_makes_a_file_too(tmp_path: Path) -> None:
+    empty = SplitCalibrator().compute(0.1)
+    empty.save(tmp_path / "c")
+    assert_equal(Calibration.load(tmp_path / "c"), empty)
+
+
+def test_a_score_of_ones_own_must_be_given_and_be_the_same(tmp_path: Path) -> None:
+    calibrator = SplitCalibrator(Scaled(2.0), store="exact").update(*data())
+    calibration = calibrator.compute(0.1)
+    calibration.save(tmp_path / "c")
+    assert_equal(Calibration.load(tmp_path / "c", score=Scaled(2.0)), calibration)
+    name = f"{Scaled.__module__}.Scaled"
+    told = f"{name}(scale=2.0, shape=[1, 2], payload=None, follows_logits=True)"
+    with pytest.raises(InputError) as missing:
+        Calibration.load(tmp_path / "c")
+    assert str(missing.value) == f"score must be given: this was made with {told}"
+    for wrong in (Scaled(3.0), Scaled(2.0, shape=(1, 3)), Plain(2.0), LAC()):
+        with pytest.raises(InputError, match=r"^score must be .*\(scale=2\.0, .*; got "):
+            Calibration.load(tmp_path / "c", score=wrong)
+
+
+@pytest.mark.parametrize("payload", [torch.zeros(2), math.nan, object()], ids=str)
+def test_a_score_whose_parameters_no_file_can_hold_is_refused(
+    payload: object, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="score must have parameters that JSON can hold"):
+        describe_score(Scaled(payload=payload))
+    calibration = replace(made("split"), score=Scaled(payload=payload))
+    with pytest.raises(InputError, match="JSON"):
+        calibration.save(tmp_path / "c")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_a_built_in_score_refuses_another(tmp_path: Path) -> None:
+    made("split").save(tmp_path / "c")
+    with pytest.raises(InputError) as refusal:
+        Calibration.load(tmp_path / "c", score=APS())
+    assert str(refusal.value) == (
+        "score must be LAC(), which made this; got APS(randomized=False, seed=0)"
+    )
+
+
+def refused(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    with pytest.raises(FileError) as refusal:
+        Calibration.load(path)
+    message = str(refusal.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    return message
+
+
+def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
+    made("class").save(tmp_path / "c")
+    whole = (tmp_path / "c").read_bytes()
+    for end in range(0, len(whole.rstrip()), 3):
+        refused(tmp_path / "c", whole[:end])
+
+
+def test_a_digit_changed_anywhere_is_refused(tmp_path: Path) -> None:
+    replace(made("class"), max_share=torch.tensor([1e-05, 2e-20], dtype=torch.float64)).save(
+        tmp_path / "c"
+    )
+    whole = (tmp_path / "c").read_bytes()
+    for at, byte in enumerate(whole):
+        if chr(byte) in "0123456789-.":  # also 1e-05 to 1e905, an overflow
+            for other in b"0179":
+                if other != byte:
+                    changed = whole[:at] + bytes([other]) + whole[at + 1 :]
+                    if float_equal(whole, changed):
+                        continue
+                    refused(tmp_path / "c", changed)
+
+
+def float_equal(one: bytes, other: bytes) -> bool:
+    """Whether two texts hold the same numbers, as 1e-05 and 1e-05 written otherwise do."""
+    try:
+        return bool(json.loads(one) == json.loads(other))
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x00\xff\xfe" * 99,
+        b"PK\x03\x04" + bytes(range(256)),
+        b"\x80\x04\x95",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"1" * 10_000,
+        b"[]",
+        b"null",
+        b'"cpseg.calibration"',
+        b"{}",
+        b'{"format": "coco", "version": 1}',
+        b'{"format": "cpseg.calibration"}',
+        b'{"format": "cpseg.calibration", "version": 1}',
+        b'{"format": "cpseg.calibration", "version": 1, "sha256": null}',
+        b'{"format": "cpseg.calibration", "version": 1, "alpha": NaN, "sha256": "0"}',
+        b'{"format": "cpseg.calibration", "version": 1, "alpha": 1e999, "sha256": "0"}',
+    ],
+)
+def test_foreign_files_are_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
+    message = refused(tmp_path / "c", content)
+    assert "not a cpseg calibration" in message or "version" in message or "damaged" in message
+    assert len(message) < len(str(tmp_path)) + 200
+
+
+def test_another_version_is_named(tmp_path: Path) -> None:
+    made("split").save(tmp_path / "c")
+    content = json.loads((tmp_path / "c").read_bytes())
+    for version in (2, 0, None, "1"):
+        message = refused(tmp_path / "c", json.dumps({**content, "version": version}).encode())
+        assert message.endswith(f"has version {version}; this cpseg reads version 1")
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(Calibration)])
+def test_a_field_left_out_is_refused(field: str, tmp_path: Path) -> None:
+    made("class").save(tmp_path / "c")
+    content = json.loads((tmp_path / "c").read_bytes())
+    del content[field]
+    assert "damaged" in refused(tmp_path / "c", json.dumps(content).encode())
+
+
+def test_a_missing_file_or_a_directory_is_what_the_system_says(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Calibration.load(tmp_path / "nowhere")
+    with pytest.raises(OSError, match=tmp_path.name):
+        Calibration.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        made("split").save(tmp_path / "nowhere" / "c")
+
+
+@pytest.mark.parametrize("method", ["write_text", "replace"])
+def test_a_failing_write_leaves_the_old_file(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = made("split")
+    old.save(tmp_path / "c")
+
+    def fail(path: Path, *given: Any, **named: Any) -> None:
+        del named
+        if method == "write_text":
+            path.write_bytes(str(given[0])[:100].encode())
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, method, fail)
+    with pytest.raises(OSError, match="no space"):
+        made("class").save(tmp_path / "c")
+    monkeypatch.undo()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+    assert_equal(Calibration.load(tmp_path / "c"), old)
+
+
+def test_saving_over_an_old_file_replaces_it_whole(tmp_path: Path) -> None:
+    made("location").save(tmp_path / "c")
+    made("split").save(tmp_path / "c")
+    assert_equal(Calibration.load(tmp_path / "c"), made("split"))
+
+
+def test_the_file_is_text_that_a_person_can_read(tmp_path: Path) -> None:
+    calibration = made("class")
+    calibration.save(tmp_path / "c")
+    text = (tmp_path / "c").read_text("utf-8")
+    content = json.loads(text)
+    assert content["guarantee"] == str(calibration.guarantee)
+    assert content["score"] == {"name": "LAC", "parameters": {}}
+    assert len(text.splitlines()) == len(content) + 2
+
+
+# --- what it says --------------------------------------------------------------------------------
+
+SHARE = "is at most 0.1, in expectation over the calibration images and the new one"
+EVENTS = {
+    ("split", "image"): "In a new image, the share of labelled pixels whose class is missing from "
+    f"their set {SHARE} (12 calibration images). ",
+    ("class", "image"): "For each class, in a new image that contains it, the share of its "
+    f"labelled pixels whose set misses it {SHARE} (0 to 12 calibration images). ",
+    ("group", "image"): "For each group, in a new image with labelled pixels there, the share of "
+    f"them whose class is missing from their set {SHARE} (12 calibration images). ",
+    ("both", "image"): "For each group and class, in a new image with labelled pixels of that "
+    f"class in that group, the share of them whose set misses it {SHARE} (0 to 12 ",
+    ("location", "image"): "For each location, in a new image labelled there, the class is "
+    "missing from its set with probability at most 0.1, over the calibration images and the new "
+    "one (12 calibration images). ",
+    ("rings", "image"): "For each cluster of locations, in a new image with labelled pixels there, "
+    f"the share of them whose class is missing from their set {SHARE} (12 calibration images). ",
+    ("split", "pixel"): "A new labelled pixel has a set that misses its class with probability at "
+    "most 0.1, over the calibration pixels and the new one (180 calibration pixels). ",
+    ("class", "pixel"): "For each class, a new labelled pixel of that class has a set that misses "
+    "it with probability at most 0.1, over the calibration pixels and the new one (0 to ",
+    ("group", "pixel"): "For each group, a new labelled pixel there has a set that misses its "
+    "class with probability at most 0.1, over the calibration pixels and the new one (84 to 96 ",
+    ("both", "pixel"): "For each group and class, a new labelled pixel of that class in that group "
+    "has a set that misses it with probability at most 0.1, over the calibration pixels ",
+    ("rings", "pixel"): "For each cluster of locations, a new labelled pixel there has a set that "
+    "misses its class with probability at most 0.1, over the calibration pixels ",
+}
+
+
+@pytest.mark.parametrize(("kind", "unit"), EVENTS, ids=lambda part: part)
+def test_the_sentence_says_event_level_unit_n_and_probability(kind: str, unit: str) -> None:
+    guarantee = made(kind, unit).guarantee
+    text = str(guarantee)
+    assert text.startswith(EVENTS[kind, unit])
+    assert guarantee.unit == unit
+    assert guarantee.level == 0.9
+    assert f"the calibration {unit}s and the new one are exchangeable" in text
+    assert "chosen without the calibration labels" in text
+    assert ("and groups" in text) == (kind in ("group", "both"))
+    assert ("and clusters" in text) == (kind == "rings")
+    assert text.endswith(".")
+    assert not any(flaw in text for flaw in ("..", "  ", " .", " ,", "{", "None"))
+
+
+def test_pixels_at_single_locations_are_images() -> None:
+    # An image has one pixel there, so the exchangeability of images is all it takes.
+    assert made("location", "pixel").guarantee == made("location", "image").guarantee
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pooled_pixels_say_what_they_do_not_promise(kind: str) -> None:
+    told = "Pixels of one image are not exchangeable with those of another"
+    bound = "alpha + (1 - alpha) / (m + 1) if all images"
+    by_pixel, by_image = (str(made(kind, unit).guarantee) for unit in ("pixel", "image"))
+    assert told not in by_image
+    assert (told in by_pixel) == (kind != "location")
+    assert (bound in by_pixel) == (kind in ("split", "group", "rings"))
+    assert ("so for pixels that come in images nothing is promised." in by_pixel) == (
+        kind in ("class", "both")
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_an_image_do_not_speak_for_the_whole(kind: str) -> None:
+    text = str(made(kind).guarantee)
+    implies = "It implies the same for an image as a whole where every image is labelled every"
+    assert ("It does not imply the same for an image as a whole." in text) == (
+        kind in ("class", "group", "both")
+    )
+    assert (implies in text) == (kind in ("location", "rings"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("split", ("No finite threshold can promise this with so few calibration images: every set "
+         "is full.")),
+        ("class", "for classes 0, 1, 2, 3 with so few calibration images: kept in every set."),
+        ("group", "for groups 0, 1 with so few calibration images: every set there is full."),
+        ("both", ("for (group, class) (0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)"
+         " with so few calibration images: kept in every set.")),
+        ("location", ("for locations (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1),"
+         " (2, 2), (3, 0), (3, 1), (3, 2) and 3 more with so few calibration images: every set "
+         "there is full.")),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("fallback", [None, "pooled"])
+def test_groups_without_a_finite_threshold_are_named(
+    kind: str, told: str, fallback: str | None
+) -> None:
+    # Where the fallback has no finite threshold either, the full sets keep the promise.
+    text = str(made(kind, alpha=0.01, fallback=fallback).guarantee)
+    assert told in text
+    assert "Nothing is promised" not in text
+
+
+def test_groups_with_a_fallback_are_named_and_promised_nothing() -> None:
+    calibration = made("class", fallback="pooled")
+    assert calibration.guarantee.n == (12, 12)  # what the promise rests on, class 3 left out
+    assert (
+        "Nothing is promised for class 3: with so few calibration images the threshold comes from "
+        'the fallback "pooled".' in calibration.guarantee.exceptions
+    )
+    assert "No finite threshold" not in str(calibration.guarantee)
+
+
+def test_a_location_with_a_fallback_ends_what_is_said_of_the_whole() -> None:
+    replaced = torch.zeros(SPACE, dtype=torch.bool)
+    replaced[2, 1] = True
+    text = str(replace(made("location"), fallback="pooled", fallback_groups=replaced).guarantee)
+    assert "Nothing is promised for location (2, 1): " in text
+    assert text.endswith("It does not imply the same for an image as a whole.")
+
+
+def test_levels_are_decimals_and_one_per_class_where_alpha_is() -> None:
+    assert made("split", alpha=0.9).guarantee.level == 0.1
+    guarantee = made("class", alpha=[0.1, 0.3, 0.05, 0.2]).guarantee
+    assert guarantee.level == (0.9, 0.7, 0.95, 0.8)
+    assert "misses it is at most alpha of that class (0.05 to 0.3), in exp" in str(guarantee)
+    assert "(0.1), in exp" in str(made("class", alpha=[0.1] * 4).guarantee)
+    assert "is at most 0.123456789, in" in str(made("split", alpha=0.123456789).guarantee)
+
+
+def test_one_image_is_singular_and_a_source_is_named() -> None:
+    one = SplitCalibrator(source="the cache").update(*data(1)).compute(0.1)
+    assert "(1 calibration image)." in str(one.guarantee)
+    assert "computed as those for calibration were, by the cache." in str(one.guarantee)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_calibration_prints_in_one_short_line(kind: str) -> None:
+    text = repr(made(kind))
+    assert text.startswith("Calibration(axes=")
+    assert "\n" not in text
+    assert len(text) < 220
+    assert "tensor" not in text
+
+
+def test_the_line_says_what_came_out() -> None:
+    assert repr(SplitCalibrator().compute(0.1)) == (
+        "Calibration(axes=(), alpha=0.1, score=LAC(), num_classes=None: "
+        "0 of 1 thresholds finite, 0 images, fallback=None)"
+    )
+    text = repr(made("class", alpha=[0.1, 0.3, 0.1, 0.2]))
+    assert "alpha=0.1 to 0.3, score=LAC(), num_classes=4: 3 of 4 thresholds finite in [0." in text
+    assert "], 0 to 12 images, fallback=None)" in text
