@@ -98,7 +98,7 @@ class CachedAnnotator:
         self.refused: list[str] = []
         self._annotator = annotator
         if best is not None:
-            _checks.check_positive("best", best)
+            _checks.check_integer("best", best, 1)
         elif background is not None:
             raise InputError(
                 "background must come with best=: only the compact form singles it out"
@@ -182,8 +182,8 @@ class CachedAnnotator:
 
         Guarantee:
             For scores that look at a class's own probability only (LAC) and filters that take
-            the best class of a set: a label is the one the full logits would give. A heuristic
-            for others.
+            the best class of a set: a label is the one that all classes' probabilities, rounded
+            as this cache rounds, would give. A heuristic for others.
 
         Args:
             images: uint8 RGB. Shape ``(B, 3, H, W)``.

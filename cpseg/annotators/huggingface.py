@@ -67,7 +67,7 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if self.size is not None and self.short is not None:
             raise InputError("size must be None where short is given; got both")
-        _checks.check_positive("multiple", self.multiple)
+        _checks.check_integer("multiple", self.multiple, 1)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, multiple: int = 1) -> "Preprocessing":

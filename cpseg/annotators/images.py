@@ -101,7 +101,7 @@ def in_batches(
     Returns:
         A tensor ``(C, H, W)`` per image.
     """
-    _checks.check_positive("batch_size", batch_size)
+    _checks.check_integer("batch_size", batch_size, 1)
     tensors = [rgb(image) for image in images]
     places: dict[tuple[int, ...], list[int]] = {}
     for place, image in enumerate(tensors):

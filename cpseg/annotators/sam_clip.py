@@ -35,8 +35,8 @@ __all__ = [
     "segment_features",
 ]
 
-Overlap = Literal["smallest", "surest", "product"]
-Uncovered = Literal["abstain", "background", "uniform"]
+_Overlap = Literal["smallest", "surest", "product"]
+_Uncovered = Literal["abstain", "background", "uniform"]
 
 CLIP_PREPROCESSING = Preprocessing(
     size=(448, 448),
@@ -92,8 +92,8 @@ class SamClipAnnotator:
         tokenizer: Tokenizer,
         background: int | None = None,
         templates: Sequence[str] = ("a photo of a {}.",),
-        overlap: Overlap = "smallest",
-        uncovered: Uncovered = "abstain",
+        overlap: _Overlap = "smallest",
+        uncovered: _Uncovered = "abstain",
         scale: float | None = None,
         preprocessing: Preprocessing = CLIP_PREPROCESSING,
         depth: int = 7,
@@ -104,14 +104,14 @@ class SamClipAnnotator:
     ) -> None:
         names, texts = class_prompts(class_names)
         _check_policies(overlap, uncovered, background, len(names))
-        _checks.check_positive("points_per_side", points_per_side)
+        _checks.check_integer("points_per_side", points_per_side, 1)
         if not templates or any(template.count("{}") != 1 for template in templates):
             raise InputError(f"templates must each hold one {{}}; got {list(templates)}")
         self.class_names = tuple(names)
         self._sam, self._clip = sam.eval(), clip.eval()
         self._background = background
-        self._overlap: Overlap = overlap
-        self._uncovered: Uncovered = uncovered
+        self._overlap: _Overlap = overlap
+        self._uncovered: _Uncovered = uncovered
         self._preprocessing, self._depth = preprocessing, depth
         self._points = points_per_side
         self._limits = (min_iou, min_stability, max_overlap)
@@ -175,8 +175,8 @@ def paint_segments(
     segments: Tensor,
     log_probabilities: Tensor,
     *,
-    overlap: Overlap,
-    uncovered: Uncovered,
+    overlap: _Overlap,
+    uncovered: _Uncovered,
     background: int | None = None,
 ) -> Tensor:
     """Logits of pixels from those of segments.
@@ -456,11 +456,11 @@ def _boxes(masks: Tensor) -> Tensor:
 
 
 def _check_policies(overlap: str, uncovered: str, background: int | None, num_classes: int) -> None:
-    if overlap not in get_args(Overlap):
-        raise InputError(f"overlap must be one of {', '.join(get_args(Overlap))}; got {overlap!r}")
-    if uncovered not in get_args(Uncovered):
+    if overlap not in get_args(_Overlap):
+        raise InputError(f"overlap must be one of {', '.join(get_args(_Overlap))}; got {overlap!r}")
+    if uncovered not in get_args(_Uncovered):
         raise InputError(
-            f"uncovered must be one of {', '.join(get_args(Uncovered))}; got {uncovered!r}"
+            f"uncovered must be one of {', '.join(get_args(_Uncovered))}; got {uncovered!r}"
         )
     if background is None and uncovered == "background":
         raise InputError("background must be a class where uncovered pixels become it; got None")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cpseg.annotators.images import check_images, in_batches, resize, rgb, short_side
 from cpseg.annotators.mask_class import log_probabilities, mask_class_probabilities
-from cpseg.annotators.seem.model import SEEM, STRIDE
+from cpseg.annotators.seem.model import _STRIDE, SEEM
 from cpseg.annotators.seem.text import (
     SEEM_TEMPLATES,
     ClassNames,
@@ -150,7 +150,7 @@ class SEEMAnnotator:
             self._output_size or (height, width),
             mode=self._mode,
             background=self._background,
-            padded_size=(seen[0] + -seen[0] % STRIDE, seen[1] + -seen[1] % STRIDE),
+            padded_size=(seen[0] + -seen[0] % _STRIDE, seen[1] + -seen[1] % _STRIDE),
             image_size=seen,
         )
 
@@ -189,7 +189,7 @@ class SEEMAnnotator:
         ends = ids.argmax(1, keepdim=True)
         within = torch.arange(ids.shape[1], device=device) <= ends
         masks = self._model.refer(resize(pixels, seen).to(device), ids, within)
-        padded = (seen[0] + -seen[0] % STRIDE, seen[1] + -seen[1] % STRIDE)
+        padded = (seen[0] + -seen[0] % _STRIDE, seen[1] + -seen[1] % _STRIDE)
         resized = torch.nn.functional.interpolate(
             masks[None], size=padded, mode="bilinear", align_corners=False
         )[..., : seen[0], : seen[1]]

@@ -21,9 +21,9 @@ from cpseg.errors import InputError
 
 __all__ = ["SEEM", "SEEMConfig"]
 
-STRIDE = 32
-MEAN = (123.675, 116.28, 103.53)
-STD = (58.395, 57.12, 57.375)
+_STRIDE = 32
+_MEAN = (123.675, 116.28, 103.53)
+_STD = (58.395, 57.12, 57.375)
 
 
 @final
@@ -178,10 +178,10 @@ class SEEM(nn.Module):
             )
         weight = self.backbone.patch_embed.proj.weight
         # float32 first: the original's constants are float32 numbers in a float64 model too
-        scale = torch.tensor((MEAN, STD), dtype=torch.float32, device=images.device)
+        scale = torch.tensor((_MEAN, _STD), dtype=torch.float32, device=images.device)
         mean, std = scale.to(weight.dtype)[:, None, :, None, None]
         x = (images.to(weight.dtype) - mean) / std
-        return self.sem_seg_head.pixel_decoder(self.backbone(_pad(x, STRIDE)))
+        return self.sem_seg_head.pixel_decoder(self.backbone(_pad(x, _STRIDE)))
 
 
 class _FocalNet(nn.Module):
