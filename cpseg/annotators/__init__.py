@@ -1,6 +1,6 @@
 """Annotators: whatever turns images into logits ``(B, C, *S)``."""
 
-from cpseg.annotators.cache import CachedAnnotator
+from cpseg.annotators.cache import CachedAnnotator, FilteredAgain
 from cpseg.annotators.huggingface import (
     MaskClassAnnotator,
     Preprocessing,
@@ -20,6 +20,7 @@ from cpseg.annotators.synthetic import SyntheticAnnotator
 
 __all__ = [
     "CachedAnnotator",
+    "FilteredAgain",
     "MaskClassAnnotator",
     "Preprocessing",
     "SamClipAnnotator",

@@ -131,7 +131,7 @@ class CachedAnnotator:
 
     @property
     def source(self) -> str:
-        """The annotator and the rounding: what to give a calibrator as ``source=``."""
+        """What to give a calibrator as ``source=``, the annotator and the rounding."""
         best, background = self._note["best"], self._note["background"]
         form = "all classes" if best is None else f"best {best}, background {background}"
         return f"{self._note['source']}; cached float16, {form}"

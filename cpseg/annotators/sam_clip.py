@@ -44,7 +44,7 @@ CLIP_PREPROCESSING = Preprocessing(
     std=(0.26862954, 0.26130258, 0.27577711),
     mode="bicubic",
 )
-"""What CLIP sees: a square of 448, as GEM uses, normalised as CLIP was trained."""
+"""CLIP sees a square of 448, as GEM uses, normalised as CLIP was trained."""
 
 _SAM_MEAN = (123.675, 116.28, 103.53)
 _SAM_STD = (58.395, 57.12, 57.375)
@@ -57,7 +57,7 @@ class SamClipAnnotator:
 
     Every class is prompted, a background too (several texts help: "sky", "wall", "ground"). A
     pixel that no segment covers has NaN logits by default: a filter abstains there and a set
-    holds every class. For calibration give such pixels no label: :func:`ignore_unusable`. What is
+    holds every class. For calibration give such pixels no label: :func:`cpseg.annotators.sam_clip.ignore_unusable`. What is
     then promised is about covered pixels.
 
     Guarantee:
