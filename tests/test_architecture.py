@@ -44,6 +44,7 @@ CORE = {"torch", "numpy", "scipy", "typing_extensions"}
 OPTIONAL = {
     "matplotlib": "matplotlib",
     "PIL": "pillow",
+    "nibabel": "nibabel",
     "transformers": "transformers",
     "tqdm": "tqdm",
     "tensorboard": "tensorboard",

@@ -1,5 +1,36 @@
 """Annotators: whatever turns images into logits ``(B, C, *S)``."""
 
+from cpseg.annotators.cache import CachedAnnotator, FilteredAgain
+from cpseg.annotators.huggingface import (
+    MaskClassAnnotator,
+    Preprocessing,
+    SemanticLogitsAnnotator,
+    TextPromptAnnotator,
+)
+from cpseg.annotators.mask_class import mask_class_probabilities
+from cpseg.annotators.medical import (
+    SigmoidAnnotator,
+    Volume,
+    channel_values,
+    load_nifti,
+    load_nnunet,
+)
+from cpseg.annotators.sam_clip import SamClipAnnotator
 from cpseg.annotators.synthetic import SyntheticAnnotator
 
-__all__ = ["SyntheticAnnotator"]
+__all__ = [
+    "CachedAnnotator",
+    "FilteredAgain",
+    "MaskClassAnnotator",
+    "Preprocessing",
+    "SamClipAnnotator",
+    "SemanticLogitsAnnotator",
+    "SigmoidAnnotator",
+    "SyntheticAnnotator",
+    "TextPromptAnnotator",
+    "Volume",
+    "channel_values",
+    "load_nifti",
+    "load_nnunet",
+    "mask_class_probabilities",
+]

@@ -1,0 +1,187 @@
+"""Roads in for medical models: sigmoid channels, nnU-Net's probabilities, NIfTI volumes.
+
+A model with one sigmoid channel, or with channels that overlap, does not choose among classes:
+each channel is a question of its own, on or off, and is calibrated as two classes.
+"""
+
+import importlib
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cpseg.annotators.huggingface import Preprocessing, find_logits
+from cpseg.annotators.images import in_batches
+from cpseg.annotators.source import describe_source
+from cpseg.errors import FileError, InputError, MissingExtraError
+
+__all__ = ["SigmoidAnnotator", "Volume", "channel_values", "load_nifti", "load_nnunet"]
+
+
+@final
+@dataclass(frozen=True, eq=False, slots=True)
+class Volume:
+    """Values on a grid, and the distance between its points.
+
+    Args:
+        values: Labels ``(Z, Y, X)``, or probabilities ``(C, Z, Y, X)``.
+        spacing: Along Z, Y and X, in the file's unit (millimetres): for margins and boundary
+            distances.
+    """
+
+    values: Tensor
+    spacing: tuple[float, ...]
+
+
+@final
+class SigmoidAnnotator:
+    """A network whose L channels are each on or off: two-class logits of every channel.
+
+    One channel gives ``(B, 2, H, W)``, class 1 being "on". L channels, which may overlap, give
+    ``(B * L, 2, H, W)``: labels ``(B, L, H, W)`` of 0 and 1 go beside them as
+    ``labels.flatten(0, 1)``, with each image's ``unit_ids`` repeated L times and the channel as
+    group of a ``GroupCalibrator``.
+
+    Guarantee:
+        None; it is what a calibration is for.
+
+    Args:
+        model: Pixels ``(B, 3, h, w)`` to values before the sigmoid ``(B, L, h, w)``: a tensor, or
+            ``logits`` or ``out`` of what it answers. It is set to eval mode.
+        preprocessing: What it sees of an image.
+        source: What to call it in a cache or calibration; None: its class's name.
+    """
+
+    def __init__(
+        self, model: nn.Module, preprocessing: Preprocessing, *, source: str | None = None
+    ) -> None:
+        self._model = model.eval()
+        self._preprocessing = preprocessing
+        name = f"{source or type(model).__name__}, sigmoid channels"
+        self.source = describe_source(name, model, {"preprocessing": preprocessing})
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits of uint8 RGB images ``(B, 3, H, W)``: float32 of shape ``(B * L, 2, H, W)``."""
+        like = next(self._model.parameters(), torch.zeros(()))
+        values = find_logits(self._model(self._preprocessing(images, like)))
+        if values.ndim == 3:
+            values = values[:, None]
+        on = functional.interpolate(
+            values.float(), size=images.shape[-2:], mode="bilinear", align_corners=False
+        ).flatten(0, 1)
+        return torch.stack((torch.zeros_like(on), on), 1)
+
+    def annotate(self, images: Sequence[object]) -> list[Tensor]:
+        """Logits ``(2, H, W)`` of images of any sizes, for a network with one channel."""
+        return in_batches(images, 1, self)
+
+
+def channel_values(probabilities: Tensor) -> Tensor:
+    """What sigmoids were taken of: from saved probabilities of channels that may overlap.
+
+    ``cpseg.logits_from_sigmoid`` makes two-class logits of it.
+
+    Args:
+        probabilities: Between 0 and 1. Any shape.
+
+    Returns:
+        log p - log(1 - p), at most 87 in size, at least float32. The same shape.
+
+    Examples:
+        >>> channel_values(torch.tensor([0.5, 0.75]))
+        tensor([0.0000, 1.0986])
+    """
+    dtype = torch.promote_types(probabilities.dtype, torch.float32)
+    p = probabilities.to(dtype)
+    if not bool(((p >= 0) & (p <= 1)).all()):
+        raise InputError("probabilities must lie between 0 and 1; some do not")
+    return (p.log() - torch.log1p(-p)).clamp(-87, 87)
+
+
+def load_nnunet(path: str | Path, *, spacing: Sequence[float] | None = None) -> Volume:
+    """Probabilities that nnU-Net saved beside a prediction (``--save_probabilities``).
+
+    The axes are nnU-Net's: Z, Y, X, the reverse of the NIfTI file's. The pickle that nnU-Net
+    writes beside is not opened, since opening it would run what it says; the spacing comes from
+    the prediction's NIfTI file of the same name, or from you.
+
+    Args:
+        path: The ``.npz`` file, with ``probabilities`` (version 2) or ``softmax`` (version 1).
+        spacing: Along Z, Y and X; None: from the ``.nii.gz`` or ``.nii`` beside (extra
+            ``nifti``).
+
+    Returns:
+        Probabilities ``(C, Z, Y, X)`` and their spacing. For a model with regions, whose
+        channels overlap, see :func:`channel_values`; otherwise
+        ``cpseg.logits_from_probabilities`` takes ``volume.values[None]``.
+
+    Raises:
+        FileError: The file is damaged or holds no probabilities, or no spacing is to be found.
+    """
+    path = Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            name = next((n for n in ("probabilities", "softmax") if n in content.files), None)
+            array = None if name is None else np.asarray(content[name])
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        raise FileError(f"{path} must be nnU-Net's saved probabilities; {error}") from error
+    if array is None or array.ndim != 4 or array.dtype.kind != "f":
+        found = "none" if array is None else f"{array.dtype} {array.shape}"
+        raise FileError(f"{path} must hold float probabilities (C, Z, Y, X); it holds {found}")
+    if spacing is None:
+        beside = [path.with_suffix(suffix) for suffix in (".nii.gz", ".nii")]
+        found_path = next((p for p in beside if p.exists()), None)
+        if found_path is None:
+            raise FileError(
+                f"{path} must have its spacing in {beside[0].name} beside it, or as spacing="
+            )
+        _, spacing = _read_nifti(found_path)
+    if len(spacing) != 3 or min(spacing) <= 0:
+        raise InputError(f"spacing must be three positive lengths; got {tuple(spacing)}")
+    return Volume(torch.from_numpy(array), tuple(float(length) for length in spacing))
+
+
+def load_nifti(path: str | Path) -> Volume:
+    """A NIfTI volume (extra ``nifti``): labels as int64 where the file stores integers.
+
+    Args:
+        path: A ``.nii`` or ``.nii.gz`` file.
+
+    Returns:
+        Values ``(Z, Y, X)``, the reverse of the file's axes and nnU-Net's order, and the spacing
+        along these axes.
+
+    Raises:
+        FileError: The file is damaged or no volume of three axes.
+    """
+    array, spacing = _read_nifti(Path(path))
+    if array.ndim != 3:
+        raise FileError(f"{path} must be a volume of three axes; it has {array.ndim}")
+    whole = array.dtype.kind in "iu"
+    return Volume(torch.from_numpy(array.astype(np.int64 if whole else np.float32)), spacing)
+
+
+def _read_nifti(path: Path) -> tuple[Any, tuple[float, ...]]:
+    try:
+        nibabel: Any = importlib.import_module("nibabel")
+    except ImportError as error:
+        raise MissingExtraError("NIfTI files need nibabel: pip install 'cpseg[nifti]'") from error
+    if not path.exists():
+        raise FileNotFoundError(path)
+    try:
+        image = nibabel.load(path)
+        scaled = image.dataobj.slope != 1 or image.dataobj.inter != 0
+        array = np.asarray(image.dataobj) if scaled else np.asarray(image.dataobj.get_unscaled())
+        lengths = [float(length) for length in image.header.get_zooms()]
+    except Exception as error:  # nibabel raises many kinds for a damaged file
+        raise FileError(f"{path} must be a NIfTI volume; {error}") from error
+    return array.transpose(), tuple(reversed(lengths[: array.ndim]))
