@@ -73,5 +73,5 @@ $(VENV)/.core: pyproject.toml $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.core
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,plot,data,hf,train]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,plot,data,hf,nifti,train]'
 	@touch $@

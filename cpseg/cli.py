@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from cpseg import _checks
-from cpseg.annotators import SyntheticAnnotator
+from cpseg.annotators import SyntheticAnnotator, folder
 from cpseg.calibration import Calibration
 from cpseg.calibrators import ClassConditionalCalibrator, SplitCalibrator
 from cpseg.data import SyntheticShapes
@@ -47,8 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--new-images", type=int, default=80, metavar="N", help="default: %(default)s"
     )
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    annotate = commands.add_parser(
+        "annotate",
+        help="a folder of images and a list of class names to a cache of logits",
+        description="Annotate a folder of images into a cache; resumes where it stopped.",
+        epilog="example: python -m cpseg annotate photos --classes classes.txt "
+        "--model seem_focalt_v1.pt --cache logits",
+    )
+    folder.add_arguments(annotate)
     given = parser.parse_args(arguments)
     try:
+        if given.command == "annotate":
+            return folder.run(given)
         _demo(given.alpha, given.calibration_images, given.new_images, given.seed)
     except CpsegError as error:
         print(f"cpseg: {error}", file=sys.stderr)

@@ -60,6 +60,11 @@ FIXED = {
     """,
     "cpseg.metrics": "Coverage SetSize SelectiveAccuracy MeanIoU",
     "cpseg.data": "SyntheticShapes",
+    "cpseg.annotators": """
+        MaskClassAnnotator SemanticLogitsAnnotator TextPromptAnnotator SamClipAnnotator
+        CachedAnnotator mask_class_probabilities
+    """,
+    "cpseg.annotators.seem": "SEEM SEEMConfig SEEMAnnotator",
 }
 
 

@@ -1,5 +1,7 @@
 """The command line, run in this process."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -53,6 +55,18 @@ def test_a_mistake_is_one_line_and_exit_status_1(
     told = capsys.readouterr()
     assert f"cpseg: {rule}" in told.err.splitlines()[-1]
     assert "Traceback" not in told.err
+
+
+def test_annotate_refuses_a_folder_that_is_not_there_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classes = tmp_path / "classes.txt"
+    classes.write_text("road\nsky\n")
+    words = ["--classes", str(classes), "--model", "m.pt", "--cache", str(tmp_path / "cache")]
+    assert main(["annotate", str(tmp_path / "nowhere"), *words]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cpseg: ")
+    assert "nowhere" in line
 
 
 def test_wrong_usage_is_exit_status_2(capsys: pytest.CaptureFixture[str]) -> None:
