@@ -43,11 +43,16 @@ docs: $(VENV)/.dev ## the pages and their examples, warnings as errors
 	$(RUN) -m sphinx -q -E -n -W --keep-going -b doctest docs docs/_build/doctest
 
 .PHONY: bench
-bench: $(VENV)/.dev ## everything in benchmarks/
+bench: $(VENV)/.dev ## everything in benchmarks/ but the validity table
 	@set -e; for script in benchmarks/*.py; do \
+		case "$$script" in */guarantee.py) continue;; esac; \
 		test -e "$$script" || { echo "benchmarks/ must hold a .py file; got none" >&2; exit 1; }; \
 		echo "== $$script"; $(RUN) "$$script"; \
 	done
+
+.PHONY: guarantee
+guarantee: $(VENV)/.dev ## print the validity table and write it to the docs: minutes
+	$(RUN) benchmarks/guarantee.py | tee docs/explanation/validity-table.md
 
 .PHONY: develop
 develop: $(VENV)/.dev ## the environment alone

@@ -16,7 +16,7 @@ from cpseg.protocols import Score
 from cpseg.quantile import level
 from cpseg.scores import APS, LAC, RAPS, SAPS, Margin, TopK
 
-__all__ = ["Calibration", "Guarantee", "describe_score", "score_from_description"]
+__all__ = ["Calibration", "Control", "Guarantee", "describe_score", "score_from_description"]
 
 _FORMAT = "cpseg.calibration"
 _VERSION = 1
@@ -60,6 +60,30 @@ class Guarantee:
 
 
 @final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """Which risk a calibration controls, where it is another than miscoverage.
+
+    Made by :class:`cpseg.risk.RiskCalibrator`.
+
+    Attributes:
+        risk: The risk, with its parameters.
+        rule: The only filter rule that may use the thresholds; None: they make sets.
+        delta: Probability of a calibration whose risk exceeds alpha; None: in expectation.
+        event: What is bounded, and by how much.
+        assumptions: What must be true for it.
+        notes: Where nothing, or nothing useful, is promised, and what would help.
+    """
+
+    risk: str
+    rule: str | None
+    delta: float | None
+    event: str
+    assumptions: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@final
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)
 class Calibration:
     """Thresholds and what they rest on. Made by a calibrator's ``compute``.
@@ -86,6 +110,8 @@ class Calibration:
         max_share: Largest share of a batch entry's pixels, void ones included, that each class
             had in calibration. float64 ``(C,)``.
         source: What the logits came from, where that matters (a cache that rounds names itself).
+        control: The risk behind the thresholds, if another than miscoverage; a threshold is then
+            ``-inf`` where no label can be kept.
         clustered: Whether locations share thresholds in clusters; then what is promised holds on
             average over a cluster, not at each location.
     """
@@ -104,6 +130,7 @@ class Calibration:
     max_share: Tensor
     source: str | None
     clustered: bool = False
+    control: Control | None = None
 
     def __repr__(self) -> str:
         """One line: what was asked for, and what came out."""
@@ -123,6 +150,20 @@ class Calibration:
         """What is promised, about what, and under which assumptions."""
         own = self.num_units[~self.fallback_groups]
         counted = own if own.numel() else self.num_units.flatten()
+        if self.control is not None:
+            delta = self.control.delta
+            often = f"with probability at least {1 - (delta or 0):g} over the calibration images"
+            return Guarantee(
+                event=self.control.event,
+                level=_level(self.alpha),
+                unit=self.unit,
+                n=(int(counted.min()), int(counted.max())),
+                probability=_OVER["image"] + " the calibration images and the new one"
+                if delta is None
+                else often,
+                assumptions=self.control.assumptions,
+                exceptions=self.control.notes,
+            )
         unit = _unit(self)
         return Guarantee(
             event=_event(self, unit),
@@ -134,6 +175,22 @@ class Calibration:
             assumptions=_assumptions(self, unit),
             exceptions=_exceptions(self, unit),
         )
+
+    def require_rule(self, rule: str | None) -> None:
+        """Refuse whatever the thresholds were not made for.
+
+        Args:
+            rule: The filter rule that wants to use them; None for sets.
+
+        Raises:
+            InputError: If they are bound to another rule.
+        """
+        bound = None if self.control is None else self.control.rule
+        if bound is not None and bound != rule:
+            raise InputError(
+                f"calibration must be used with {bound}, for which its error was controlled; "
+                f"got {rule or 'prediction sets'}"
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file that :meth:`load` reads back exactly. Atomic: all of it, or nothing."""
@@ -151,6 +208,7 @@ class Calibration:
             "source": self.source,
             "clustered": self.clustered,
             **{name: _to_json(getattr(self, name)) for name in _TENSORS},
+            "control": None if self.control is None else asdict(self.control),
         }
         target = Path(path)
         fields = {**content, "sha256": _digest(content)}
@@ -193,6 +251,7 @@ class Calibration:
                 source=content["source"],
                 clustered=content["clustered"],
                 **{name: _from_json(content[name], dtype) for name, dtype in _TENSORS.items()},
+                control=_control(content.get("control")),
             )
         except InputError:
             raise
@@ -207,6 +266,19 @@ _TENSORS = {
     "fallback_groups": torch.bool,
     "max_share": torch.float64,
 }
+
+
+def _control(entry: Mapping[str, Any] | None) -> Control | None:
+    if entry is None:
+        return None
+    return Control(
+        risk=entry["risk"],
+        rule=entry["rule"],
+        delta=entry["delta"],
+        event=entry["event"],
+        assumptions=tuple(entry["assumptions"]),
+        notes=tuple(entry["notes"]),
+    )
 
 
 def describe_score(score: Score) -> dict[str, Any]:
@@ -417,12 +489,12 @@ def _to_json(tensor: Tensor) -> dict[str, Any]:
     # A float32 printed as the float64 it equals reads back as itself.
     values = tensor.detach().flatten().tolist()
     if tensor.is_floating_point():
-        values = ["inf" if value == torch.inf else value for value in values]
+        values = [str(value) if abs(value) == torch.inf else value for value in values]
     return {"shape": list(tensor.shape), "values": values}
 
 
 def _from_json(entry: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
-    values = [torch.inf if value == "inf" else value for value in entry["values"]]
+    values = [float(value) if value in ("inf", "-inf") else value for value in entry["values"]]
     return torch.tensor(values, dtype=dtype).reshape(entry["shape"])
 
 

@@ -34,7 +34,9 @@ __all__ = [
     "Decision",
     "Reason",
     "Singleton",
+    "Top",
     "each_class",
+    "rule_of",
 ]
 
 
@@ -43,7 +45,7 @@ class Reason(IntEnum):
 
     KEPT = 0
     EMPTY = 1
-    """No class with a finite threshold is in the set."""
+    """No class with a finite threshold is in the set, or none that the rule would take."""
     STARVED = 2
     """The most likely class, or the pixel's group, has an infinite threshold."""
     TOO_MANY = 3
@@ -140,6 +142,9 @@ class Argmax:
     calibration: Calibration
     guard: AreaGuard | None = None
 
+    def __post_init__(self) -> None:
+        _check_rule(self)
+
     def __call__(self, logits: Tensor, groups: Tensor | None = None) -> Tensor:
         """Pseudo-labels ``(B, *S)`` of logits ``(B, C, *S)``; see :class:`Decision`."""
         return self.decide(logits, groups).labels
@@ -148,6 +153,47 @@ class Argmax:
         """Pseudo-labels and reasons."""
         return _decide(
             self.calibration, logits, groups, self.guard, choose=_most_likely, propose=_propose_top
+        )
+
+
+@final
+@dataclass(frozen=True, eq=False, slots=True)
+class Top:
+    """The most likely class where it is in the set, and never another.
+
+    As :class:`Argmax` with one threshold. With one per class, a pixel's label depends on its own
+    class's threshold alone, so that errors can be controlled class by class.
+
+    Guarantee:
+        None; a heuristic on sets that have one. With a calibration of
+        :class:`cpseg.risk.KeptError`: that one's.
+
+    Attributes:
+        calibration: Thresholds and score.
+        guard: Notices classes that flood an image.
+
+    Examples:
+        >>> from cpseg.calibrators import SplitCalibrator
+        >>> logits = torch.tensor([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 0.5]])
+        >>> calibrator = SplitCalibrator().update(logits, torch.zeros(4, dtype=torch.int64))
+        >>> Top(calibrator.compute(alpha=0.4))(torch.tensor([[0.0, 1.0], [0.1, 0.0]]))
+        tensor([  1, 255], dtype=torch.uint8)
+    """
+
+    calibration: Calibration
+    guard: AreaGuard | None = None
+
+    def __post_init__(self) -> None:
+        _check_rule(self)
+
+    def __call__(self, logits: Tensor, groups: Tensor | None = None) -> Tensor:
+        """Pseudo-labels ``(B, *S)`` of logits ``(B, C, *S)``; see :class:`Decision`."""
+        return self.decide(logits, groups).labels
+
+    def decide(self, logits: Tensor, groups: Tensor | None = None) -> Decision:
+        """Pseudo-labels and reasons."""
+        return _decide(
+            self.calibration, logits, groups, self.guard, choose=_top_or_none, propose=None
         )
 
 
@@ -187,6 +233,7 @@ class BackgroundPriority:
     def _check(self, classes: int | None) -> None:
         if classes is not None and self.background >= classes:
             raise InputError(f"background must be a class, below {classes}; got {self.background}")
+        _check_rule(self)
 
     def __call__(self, logits: Tensor, groups: Tensor | None = None) -> Tensor:
         """Pseudo-labels ``(B, *S)`` of logits ``(B, C, *S)``; see :class:`Decision`."""
@@ -251,6 +298,7 @@ class AtMost:
 
     def __post_init__(self) -> None:
         _checks.check_integer("k", self.k, 1)
+        _check_rule(self)
 
     def __call__(self, logits: Tensor, groups: Tensor | None = None) -> Tensor:
         """Pseudo-labels ``(B, *S)`` of logits ``(B, C, *S)``; see :class:`Decision`."""
@@ -292,6 +340,9 @@ class Singleton:
     calibration: Calibration
     guard: AreaGuard | None = None
 
+    def __post_init__(self) -> None:
+        _check_rule(self)
+
     def __call__(self, logits: Tensor, groups: Tensor | None = None) -> Tensor:
         """Pseudo-labels ``(B, *S)`` of logits ``(B, C, *S)``; see :class:`Decision`."""
         return self.decide(logits, groups).labels
@@ -300,6 +351,40 @@ class Singleton:
         """Pseudo-labels and reasons."""
         choose = AtMost(self.calibration, 1)._choose
         return _decide(self.calibration, logits, groups, self.guard, choose=choose, propose=None)
+
+
+_AnyFilter = Argmax | Top | BackgroundPriority | AtMost | Singleton
+
+
+def rule_of(mask_filter: _AnyFilter) -> str:
+    """A filter's rule, without calibration and guard: what a calibration can be bound to.
+
+    Args:
+        mask_filter: One of the filters of this module.
+
+    Returns:
+        Its name and parameters. :class:`Singleton` is :class:`AtMost` with ``k=1``.
+    """
+    match mask_filter:
+        case BackgroundPriority():
+            return f"BackgroundPriority(background={mask_filter.background})"
+        case AtMost():
+            return f"AtMost(k={mask_filter.k})"
+        case Singleton():
+            return "AtMost(k=1)"
+        case Argmax() | Top():
+            return f"{type(mask_filter).__name__}()"
+
+
+def _check_rule(mask_filter: _AnyFilter) -> None:
+    """A calibration bound to a rule serves no other, nor that rule with labels taken away."""
+    control, guard = mask_filter.calibration.control, mask_filter.guard
+    mask_filter.calibration.require_rule(rule_of(mask_filter))
+    if control is not None and control.rule and guard is not None and guard.action == "abstain":
+        raise InputError(
+            'guard must not have action "abstain" with a calibration bound to a rule: '
+            "the errors among the labels it leaves are not controlled"
+        )
 
 
 def each_class(operation: Callable[[Tensor], Tensor], sets: Tensor) -> Tensor:
@@ -398,6 +483,13 @@ def _most_likely(logits: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
     best = torch.where(member, logits, -torch.inf).amax(1, keepdim=True)
     label = _first((logits == best) & member)  # a member may have logit -inf, and must still win
     return label, torch.where(member.view(torch.uint8).amax(1) > 0, Reason.KEPT, Reason.EMPTY)
+
+
+def _top_or_none(logits: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+    """The class with the largest logit, if it is a member."""
+    top = _top(logits)
+    inside = member.gather(1, top[:, None])[:, 0]
+    return top, torch.where(inside, Reason.KEPT, Reason.EMPTY)
 
 
 def _first(mask: Tensor) -> Tensor:

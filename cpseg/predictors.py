@@ -53,9 +53,10 @@ class PixelSetPredictor:
             Whether each class is in the pixel's set. Bool ``(B, C, *S)``.
 
         Raises:
-            InputError: If the logits have other classes or another grid than the calibration, or
-                groups are missing or not wanted.
+            InputError: If the logits have other classes or another grid than the calibration,
+                groups are missing or not wanted, or the calibration is bound to a filter rule.
         """
+        self.calibration.require_rule(None)
         thresholds = thresholds_of(self.calibration, logits, groups)
         with torch.no_grad():
             sets = ~(self.calibration.score(logits) > thresholds)

@@ -1,0 +1,408 @@
+"""The validity table: how often each promise fails over repeated draws, and how much it gives away.
+
+``python benchmarks/guarantee.py > docs/explanation/validity-table.md``, or ``make guarantee``.
+Nothing is timed and nothing random is left open: the table is the same on every run.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from math import log
+
+import torch
+from scipy.stats import binom
+from torch import Tensor
+
+from cpseg import APS, LAC, Argmax, BackgroundPriority, SplitCalibrator
+from cpseg.bounds import (
+    PValue,
+    betting,
+    clopper_pearson,
+    hoeffding,
+    hoeffding_bentkus,
+)
+from cpseg.filters import Top
+from cpseg.quantile import conformal_quantile
+from cpseg.risk import (
+    CoverageShare,
+    DilutedFalseNegativeRate,
+    FalseNegativeRate,
+    FalseShare,
+    InstanceRecall,
+    KeptError,
+    Miscoverage,
+    Risk,
+    RiskCalibrator,
+    SetRisk,
+    Start,
+    WorstFalseNegativeRate,
+    threshold_grid,
+)
+
+LEVELS = ((0.1, 0.1), (0.1, 0.05), (0.05, 0.1), (0.05, 0.05))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    ``failures`` are counted where a probability is promised. Where an expectation is, ``mean`` is
+    the mean of the risk and ``error`` its standard error.
+    """
+
+    name: str
+    setting: str
+    nominal: float
+    draws: int
+    failures: int | None = None
+    mean: float | None = None
+    error: float = 0.0
+    sharpness: float | None = None
+    given: str = ""
+    ours: bool = True
+
+    @property
+    def holds(self) -> bool:
+        """Within what chance allows at a level of 1e-4."""
+        if self.failures is not None:
+            return bool(self.failures <= binom.ppf(0.9999, self.draws, self.nominal))
+        return self.mean is not None and self.mean <= self.nominal + 3.72 * self.error
+
+
+# --- bounds on a mean ----------------------------------------------------------------------------
+
+
+Losses = Callable[[float], Tensor]  # of a mean; they rise with it, draw by draw
+
+
+def bernoulli(shape: tuple[int, int], generator: torch.Generator) -> Losses:
+    """All or nothing."""
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+    return lambda mean: (uniform < mean).double()
+
+
+def beta(shape: tuple[int, int], generator: torch.Generator) -> Losses:
+    """Smooth: ``U ** (1 / mean - 1)`` has a beta distribution with this mean."""
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+    return lambda mean: uniform ** (1 / mean - 1)
+
+
+def clustered(shape: tuple[int, int], generator: torch.Generator) -> Losses:
+    """The wrong share of 16 pixels of an image, with a correlation of 0.5 between any two."""
+    image = torch.randn(*shape, 1, generator=generator)
+    pixels = torch.randn(*shape, 16, generator=generator)
+    place = torch.special.ndtr((image + pixels) / 2**0.5)
+    return lambda mean: (place < mean).double().mean(2)
+
+
+KINDS = {"Bernoulli": bernoulli, "beta": beta, "clustered pixels": clustered}
+
+
+def split_maxima(losses: Tensor, alpha: float, delta: float = 0.1) -> Tensor:
+    """MAPIE 1.6's default bound: the log capitals of two halves, the largest of each, added.
+
+    As a p-value that is ``delta`` where the bound lies below alpha, and 1 where it does not.
+    """
+    n = len(losses)
+    steps = torch.arange(1, n + 1, dtype=torch.float64).view(-1, *[1] * (losses.ndim - 1))
+    mean = (0.5 + losses.cumsum(0)) / (steps + 1)
+    variance = (0.25 + (losses - mean).square().cumsum(0)) / (steps + 1)
+    variance = torch.cat((torch.full_like(losses[:1], 0.25), variance[:-1]))
+    bet = (2 * log(1 / delta) / (n * variance)).sqrt().clamp(max=1)
+    growth = (1 + bet * (alpha - losses)).log()
+    half = n // 2
+    best = sum(part.cumsum(0).amax(0) for part in (growth[:half], growth[n - half :]))
+    return torch.where(torch.as_tensor(best) > log(1 / delta), delta, 1.0)
+
+
+OURS: dict[str, PValue] = {
+    "Hoeffding": hoeffding,
+    "Hoeffding-Bentkus": hoeffding_bentkus,
+    "betting": betting,
+    "Clopper-Pearson": clopper_pearson,
+}
+PEERS: dict[str, PValue] = {"two maxima added (MAPIE 1.6)": split_maxima}
+
+
+def bound_rows(
+    draws: int = 2000, sizes: Iterable[int] = (10, 50, 200, 1000), *, sharpness: bool = True
+) -> Iterator[Row]:
+    """Every bound where the mean is exactly alpha, and how close to alpha it still certifies."""
+    for kind, prepare in KINDS.items():
+        for n in sizes:
+            draw = prepare((n, draws), torch.Generator().manual_seed(n))
+            for alpha, delta in LEVELS:
+                for name, bound in (OURS | PEERS).items():
+                    if bound is clopper_pearson and prepare is not bernoulli:
+                        continue
+                    failures = int((bound(draw(alpha), alpha, delta) <= delta).sum())
+                    realised = None
+                    if sharpness and name in OURS:
+                        realised = 0.0
+                        going = torch.ones(draws, dtype=torch.bool)
+                        for tenth in range(1, 10):
+                            losses = draw(alpha * tenth / 10)
+                            going &= bound(losses, alpha, delta) <= delta
+                            if not bool(going.any()):
+                                break
+                            realised += float(going.double().mean()) / 10
+                    setting = f"{kind}, n = {n}, alpha = {alpha:g}, delta = {delta:g}"
+                    yield Row(
+                        name,
+                        setting,
+                        delta,
+                        draws,
+                        failures=failures,
+                        sharpness=realised,
+                        ours=name in OURS,
+                    )
+
+
+# --- controlled risks ----------------------------------------------------------------------------
+
+CLASSES = 3
+
+
+def population(images: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images of 6 x 8 pixels, some hard; class 2 is rare, small and easily missed."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.zeros(images, 6, 8, dtype=torch.int64)
+    edge = torch.randint(1, 8, (images, 1, 1), generator=generator)
+    labels[(torch.arange(8) >= edge).expand_as(labels)] = 1
+    rare = torch.rand(images, generator=generator) < 0.4
+    labels[rare, 1:3, 2:5] = 2
+    labels[torch.rand(labels.shape, generator=generator) < 0.03] = 255
+    truth = torch.nn.functional.one_hot(labels.clamp(max=CLASSES - 1), CLASSES).movedim(-1, 1)
+    ease = 0.5 + 4.5 * torch.rand(images, 1, 1, 1, generator=generator)
+    noise = torch.randn(images, CLASSES, 6, 8, generator=generator)
+    return (ease * truth + 1.1 * noise) * 1.5, labels
+
+
+def confident_misses(sets: Tensor, labels: Tensor) -> Tensor:
+    """A loss that is not monotone: labelled pixels with one class in their set, and a wrong one."""
+    valid = labels != 255
+    held = sets.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]
+    return ((sets.sum(1) == 1) & ~held & valid).flatten(1).double().mean(1)
+
+
+RISKS: dict[str, Risk] = {
+    "miscoverage": Miscoverage(),
+    "false negatives, one class": FalseNegativeRate(CLASSES, classes=(2,)),
+    "false negatives, each class": FalseNegativeRate(CLASSES),
+    "false negatives, diluted": DilutedFalseNegativeRate(CLASSES, classes=(2,)),
+    "false negatives, worst class": WorstFalseNegativeRate(CLASSES),
+    "0.9 of the pixels covered": CoverageShare(0.9),
+    "objects missed": InstanceRecall(0.5),
+    "a function of sets": SetRisk(confident_misses, "share of confident misses"),
+    "error among kept, Argmax": KeptError(Argmax, CLASSES),
+    "error among kept, BackgroundPriority": KeptError(partial(BackgroundPriority), CLASSES),
+    "error among kept, each class": KeptError(Top, CLASSES, per_class=True),
+    "false share of an image's kept": FalseShare(Argmax, CLASSES),
+}
+
+
+def risk_rows(
+    draws: int = 2000, sizes: Iterable[int] = (50, 200), images: int = 500
+) -> Iterator[Row]:
+    """Every risk, calibrated on images drawn with replacement; the truth is the population."""
+    grid = threshold_grid(0.0, 1.0, 41)
+    logits, labels = population(images, 0)
+    extra = population(200, 1)
+    for name, risk in RISKS.items():
+        ids = range(images)
+        seen = RiskCalibrator(risk, grid=grid).update(logits, labels, ids)
+        rows = torch.stack([seen._units[unit] for unit in ids])
+        start = None
+        if isinstance(risk, KeptError):
+            start = Start.fit(RiskCalibrator(risk, grid=grid).update(*extra), 0.1)
+        # What was calibrated with -inf, nothing kept, or +inf, has no risk.
+        gain = _gain(risk, logits, labels, grid)
+        modes: list[tuple[float, float | None]] = [(0.1, 0.1)]
+        # Of several thresholds in expectation, the largest mean is not what is promised.
+        if not isinstance(risk, KeptError) and name != "false negatives, each class":
+            modes.append((0.1, None))
+        for alpha, delta in modes:
+            losses = risk.losses(rows, alpha)
+            weight = losses.counted.double()[..., None]
+            truth = (losses.values * weight).sum(0) / weight.sum(0).clamp(min=1)  # (R, K)
+            shared = delta is not None and len(risk.axes) > 0
+            for n in sizes:
+                generator = torch.Generator().manual_seed(n)
+                failures, risks, gains = 0, [], []
+                for _ in range(draws):
+                    chosen = torch.randint(images, (n,), generator=generator)
+                    control = RiskCalibrator(risk, grid=grid, start=start)
+                    control.update(logits[:0], labels[:0])
+                    control._rows, control._anonymous = [rows[chosen]], n
+                    calibration = control.compute(
+                        alpha,
+                        delta,
+                        simultaneous=shared,
+                        monotonize=delta is None and not risk.monotone,
+                    )
+                    step = _steps(calibration.thresholds, grid)
+                    value = torch.where(
+                        step < 0, 0.0, truth.gather(1, step.clamp(min=0)[:, None])[:, 0]
+                    )
+                    failures += bool((value > alpha).any())
+                    risks.append(float(value.max()))
+                    gains.append(float(gain(step)))
+                values = torch.tensor(risks, dtype=torch.float64)
+                mean = float(values.mean())
+                unit = "kept" if risk.keeps else "set size"
+                yield Row(
+                    f"{name}" + ("" if delta is not None else ", in expectation"),
+                    f"n = {n}, alpha = {alpha:g}" + (f", delta = {delta:g}" if delta else ""),
+                    delta if delta is not None else alpha,
+                    draws,
+                    failures=failures if delta is not None else None,
+                    mean=mean if delta is None else None,
+                    error=float(values.std() / draws**0.5),
+                    sharpness=mean / alpha,
+                    given=f"{unit} {sum(gains) / draws:.2f}",
+                )
+
+
+def _steps(thresholds: Tensor, grid: Tensor) -> Tensor:
+    """Positions on the grid, -1 where nothing was certified."""
+    nearest = (thresholds.clamp(0, 1)[:, None] - grid).abs().argmin(1)
+    return torch.where(thresholds.isinf(), -1, nearest)
+
+
+def _gain(risk: Risk, logits: Tensor, labels: Tensor, grid: Tensor) -> Callable[[Tensor], Tensor]:
+    """Mean set size, or share of labelled pixels kept, as a function of the thresholds' places."""
+    scores = LAC()(logits)
+    if risk.keeps:
+        kind = KeptError(Top, CLASSES, per_class=True) if risk.axes else None
+        counted = kind or KeptError(risk.rule or Argmax, CLASSES)
+        control = RiskCalibrator(counted, grid=grid).update(logits, labels)
+        table = control.table()
+        count = CLASSES if risk.axes else 1
+        kept = table[:, :-count].view(len(table), 2, count, -1)[:, 1].sum(0)
+        share = kept.double() / int((labels != 255).sum())
+        return lambda step: torch.where(
+            step < 0, 0.0, share.gather(1, step.clamp(min=0)[:, None])[:, 0]
+        ).sum()
+    sizes = torch.stack([(scores <= limit).double().mean((0, 2, 3)) for limit in grid], 1)
+    full = torch.ones(len(sizes), dtype=torch.float64)
+
+    def size(step: Tensor) -> Tensor:
+        places = step.expand(CLASSES)
+        held = sizes.gather(1, places.clamp(min=0)[:, None])[:, 0]
+        return torch.where(places < 0, full, held).sum()
+
+    return size
+
+
+# --- coverage, ours and pooled -------------------------------------------------------------------
+
+
+def coverage_rows(draws: int = 2000, images: int = 500) -> Iterator[Row]:
+    """Image coverage at alpha = 0.1, by the unit that is counted; and a quantile without n + 1."""
+    alpha = 0.1
+    logits, labels = population(images, 2)
+    labels[torch.arange(0, images, 2), :, 1:] = 255  # images of very unequal size
+    for score in (LAC(), APS()):
+        raw = score.of_labels(logits, labels.clamp(max=CLASSES - 1)).flatten(1)
+        valid = (labels != 255).flatten(1)
+        for n in (10, 20, 50):
+            generator = torch.Generator().manual_seed(n)
+            missed: dict[str, list[float]] = {"image": [], "pixel": []}
+            for _ in range(draws):
+                chosen = torch.randint(images, (n + 1,), generator=generator)
+                for unit, into in missed.items():
+                    calibrator = SplitCalibrator(score, unit=unit, store="exact")  # type: ignore[arg-type]
+                    calibrator.update(logits[chosen[:n]], labels[chosen[:n]])
+                    limit = calibrator.compute(alpha).thresholds
+                    new, seen = raw[chosen[n]], valid[chosen[n]]
+                    into.append(float(((new > limit) & seen).sum() / seen.sum()))
+            for unit, values in missed.items():
+                found = torch.tensor(values, dtype=torch.float64)
+                yield Row(
+                    f"miscoverage, unit = {unit}",
+                    f"{type(score).__name__}, n = {n}, alpha = {alpha:g}, unequal images",
+                    alpha,
+                    draws,
+                    mean=float(found.mean()),
+                    error=float(found.std() / draws**0.5),
+                    sharpness=float(found.mean()) / alpha,
+                    ours=unit == "image",
+                )
+    for n in (10, 20, 50, 200):
+        generator = torch.Generator().manual_seed(n)
+        scores = torch.rand(draws, n + 1, generator=generator, dtype=torch.float64)
+        plain = torch.quantile(scores[:, :n], 1 - alpha, dim=1)
+        exact = torch.stack([conformal_quantile(row[:n], alpha) for row in scores])
+        for name, limit in (("conformal quantile", exact), ("torch.quantile, no n + 1", plain)):
+            outside = (scores[:, n] > limit).double()
+            yield Row(
+                name,
+                f"independent scores, n = {n}, alpha = {alpha:g}",
+                alpha,
+                draws,
+                failures=int(outside.sum()),
+                sharpness=float(outside.mean()) / alpha,
+                ours=name == "conformal quantile",
+            )
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+HEAD = """# Validity table
+
+Every promise of cpseg over repeated draws, and how much it gives away to keep it. Written by
+`make guarantee`; seeds are fixed, so the page is the same on every run.
+
+A line *holds* if its failures are no more than an exact binomial 99.99 % upper bound of the
+nominal probability allows (for expectations: if the mean risk is at most alpha plus 3.72 standard
+errors). *Realised* is the mean true risk of what was chosen, over alpha: 1 gives nothing away.
+Lines in italics are other ways of computing the same, as other libraries do it, on the same draws.
+"""
+
+
+def table(rows: Iterable[Row]) -> Iterator[str]:
+    """Rows as Markdown."""
+    yield "| what | setting | nominal | found | holds | realised / alpha | given |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in rows:
+        name = row.name if row.ours else f"*{row.name}*"
+        if row.failures is not None:
+            found = f"{row.failures / row.draws:.3f}"
+        else:
+            found = f"mean {row.mean:.4f}"
+        sharp = "" if row.sharpness is None else f"{row.sharpness:.2f}"
+        verdict = "yes" if row.holds else "**no**"
+        yield (
+            f"| {name} | {row.setting} | {row.nominal:g} | {found} | {verdict} | {sharp} "
+            f"| {row.given} |"
+        )
+
+
+def main() -> None:
+    """Print the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--draws", type=int, default=2000)
+    draws = parser.parse_args().draws
+    torch.set_num_threads(1)
+    print(HEAD)
+    print(f"{draws} draws per line.\n")
+    print("## Bounds\n")
+    print("Found: how often a mean of exactly alpha is declared to be below alpha.")
+    print("Realised: means of 0.1, 0.2, ... times alpha, the largest that is still certified.\n")
+    for line in table(bound_rows(draws)):
+        print(line, flush=True)
+    print("\n## Controlled risks\n")
+    print("Images drawn with replacement from 500; the truth is those 500. Found: how often the")
+    print("true risk of the calibration exceeds alpha, or, in expectation, its mean. Given: mean")
+    print("number of classes in a set, or share of the labelled pixels that keep a label.\n")
+    for line in table(risk_rows(draws)):
+        print(line, flush=True)
+    print("\n## Coverage\n")
+    print("Half of the images have an eighth of the labelled pixels of the others.\n")
+    for line in table(coverage_rows(draws)):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,608 @@
+"""Where the new domain is not the calibration's: weights, an alarm, and levels that move.
+
+:class:`WeightedCalibrator` keeps a promise under a shift that is known as likelihood ratios of
+images. :class:`ExchangeabilityMartingale` watches a stream for a shift that is not known.
+:class:`AdaptiveLevel` follows one, where labels arrive later, frame by frame.
+"""
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import exp, inf, isfinite, log
+from typing import Self, cast, final
+
+import torch
+from torch import Tensor
+
+from cpseg import _checks
+from cpseg.accumulate import Histogram, upward
+from cpseg.calibration import Calibration, Control, describe_score, score_from_description
+from cpseg.calibrators import SplitCalibrator
+from cpseg.errors import InputError
+from cpseg.predictors import PixelSetPredictor
+from cpseg.protocols import Score
+from cpseg.quantile import level
+from cpseg.scores import LAC, uniform
+
+__all__ = [
+    "AdaptiveLevel",
+    "ExchangeabilityMartingale",
+    "WeightedCalibration",
+    "WeightedCalibrator",
+]
+
+_Unit = tuple[float, Tensor, Tensor]  # weight, scores, how many pixels have each
+
+
+@final
+@dataclass(frozen=True, eq=False, slots=True)
+class WeightedCalibration:
+    """Thresholds that depend on the new image's weight. Made by :class:`WeightedCalibrator`.
+
+    Guarantee:
+        The share of a new image's labelled pixels whose class is missing from their set, expected
+        over the calibration images and the new one, is at most ``alpha``, if calibration images
+        are independent draws from P, the new one from Q, weights are proportional to the
+        likelihood ratio dQ/dP and were not fitted on the calibration images, and the weight given
+        for the new image is its own or larger.
+
+    Attributes:
+        alpha: The level.
+        score: The nonconformity score.
+        scores: Scores in rising order. float32 ``(N,)``.
+        above: Weight of what lies strictly above each. float64 ``(N,)``.
+        weights: Weights of the calibration images. float64 ``(n,)``.
+        num_classes: C of the calibration logits.
+        num_pixels: Labelled pixels of the calibration images.
+        ignore_index: Label of pixels that do not count.
+        max_share: As in :class:`cpseg.Calibration`.
+    """
+
+    alpha: float
+    score: Score
+    scores: Tensor
+    above: Tensor
+    weights: Tensor
+    num_classes: int
+    num_pixels: int
+    ignore_index: int
+    max_share: Tensor
+
+    @property
+    def effective_units(self) -> float:
+        """How many images of equal weight vary as much, ``sum(w)**2 / sum(w**2)``."""
+        return float(self.weights.sum() ** 2 / self.weights.square().sum())
+
+    def thresholds(self, weights: Tensor) -> Tensor:
+        """The threshold for images of these weights, or of weights bounded by these.
+
+        Args:
+            weights: On the scale of the calibration images' weights, at least 0. Shape ``(B,)``.
+
+        Returns:
+            float32 thresholds, ``+inf`` where the weight is too large for a finite one. ``(B,)``.
+
+        Raises:
+            InputError: If a weight is negative, NaN or infinite.
+        """
+        new = _weights("weights", weights, len(weights))
+        total = self.weights.sum()
+        budget = float(level(self.alpha)) * (total + new) - new
+        # Sums of positive numbers in float64: what they may be off by is held against us.
+        slack = 1e-12 * (total + new)
+        first = torch.searchsorted(-self.above, -(budget - slack))
+        padded = torch.cat((self.scores, self.scores.new_full((1,), torch.inf)))
+        limit = torch.where(budget - slack < 0, torch.inf, padded[first])
+        return upward(limit.double() + self.score.tolerance(self.num_classes))
+
+    def __call__(self, logits: Tensor, weights: Tensor) -> Tensor:
+        """Sets of a batch.
+
+        Args:
+            logits: Shape ``(B, C, *S)``.
+            weights: Each image's weight, or a bound on it. Shape ``(B,)``.
+
+        Returns:
+            Whether each class is in the pixel's set. Bool ``(B, C, *S)``.
+
+        Raises:
+            InputError: If shapes do not fit, or a weight is negative, NaN or infinite.
+        """
+        _checks.check_logits(logits, self.num_classes)
+        _weights("weights", weights, len(logits))
+        limit = self.thresholds(weights).to(logits.device)
+        with torch.no_grad():
+            return ~(self.score(logits) > limit.view(-1, *[1] * (logits.ndim - 1)))
+
+    def bounded(self, weight: float) -> Calibration:
+        """One threshold for all images whose weight is at most ``weight``.
+
+        Args:
+            weight: The bound, on the scale of the calibration images' weights.
+
+        Returns:
+            A calibration for predictors and filters, which can be saved.
+
+        Raises:
+            InputError: If the weight is negative, NaN or infinite.
+        """
+        threshold = self.thresholds(torch.tensor([weight], dtype=torch.float64))
+        count = torch.tensor([len(self.weights)])
+        starved = bool(threshold.isinf())
+        return Calibration(
+            thresholds=threshold,
+            axes=(),
+            alpha=self.alpha,
+            score=self.score,
+            unit="image",
+            num_classes=self.num_classes,
+            num_units=count,
+            num_pixels=torch.tensor([self.num_pixels]),
+            ignore_index=self.ignore_index,
+            fallback=None,
+            fallback_groups=torch.zeros(1, dtype=torch.bool),
+            max_share=self.max_share.clone(),
+            source=None,
+            control=Control(
+                risk="weighted miscoverage",
+                rule=None,
+                delta=None,
+                event=(
+                    "The expected share of a new image's labelled pixels whose class is missing "
+                    f"from their set is at most {self.alpha:g} under the shift that the weights "
+                    "describe"
+                ),
+                assumptions=(
+                    "calibration images independent draws from one distribution",
+                    "weights proportional to the likelihood ratio, not fitted on these images",
+                    f"weight of the new image at most {weight:g}",
+                    "alpha and score chosen without the calibration labels",
+                ),
+                notes=(
+                    f"The weights leave as much as {self.effective_units:.1f} images.",
+                    *(("Every set holds every class.",) if starved else ()),
+                ),
+            ),
+        )
+
+
+@final
+class WeightedCalibrator:
+    """Held-out batches with likelihood ratios per image to a :class:`WeightedCalibration`.
+
+    Weighted conformal risk control of the per-image miscoverage (after Tibshirani et al., 2019,
+    and Angelopoulos et al., 2024): an image's weight stays with its own scores. A score with a
+    declared range is rounded up by at most 0.1 %, as in :class:`cpseg.accumulate.Histogram`.
+
+    Args:
+        score: The nonconformity score.
+        ignore_index: Label of pixels that do not count; no class.
+
+    Examples:
+        >>> logits = torch.tensor([[2.0, 0.0]] * 20)
+        >>> calibrator = WeightedCalibrator()
+        >>> _ = calibrator.update(logits, torch.zeros(20, dtype=torch.int64), torch.ones(20))
+        >>> calibrator.compute(alpha=0.1).thresholds(torch.tensor([0.0, 1.0, 9.0])).isinf()
+        tensor([False, False,  True])
+    """
+
+    def __init__(self, score: Score = LAC(), *, ignore_index: int = 255) -> None:
+        _checks.check_ignore_index(ignore_index, None)
+        self.score, self.ignore_index = score, ignore_index
+        self.reset()
+
+    def reset(self) -> Self:
+        """Forget everything seen; returns the calibrator itself."""
+        self.num_classes: int | None = None
+        self._units: list[_Unit] = []
+        self._edges: Tensor | None = None
+        self._max_share = torch.zeros(0, dtype=torch.float64)
+        return self
+
+    def update(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Self:
+        """See a batch; each entry is a unit.
+
+        Args:
+            logits: Shape ``(B, C, *S)``.
+            labels: Integers, ``ignore_index`` where unknown. Shape ``(B, *S)``.
+            weights: Likelihood ratio of each image, at least 0, on any common scale. ``(B,)``.
+
+        Returns:
+            The calibrator itself.
+
+        Raises:
+            InputError: If shapes do not fit, a weight is negative, NaN or infinite, a label is no
+                class, or logits at a labelled pixel are unusable.
+        """
+        _checks.check_logits(logits, self.num_classes)
+        _checks.check_labels(labels, logits)
+        ratio = _weights("weights", weights, len(logits))
+        classes = logits.shape[1]
+        _checks.check_ignore_index(self.ignore_index, classes)
+        limits = self.score.range(classes)
+        with torch.no_grad():
+            labelled = labels.long() != self.ignore_index
+            known = labelled & (labels >= 0) & (labels < classes)
+            scores = upward(self.score.of_labels(logits, labels.long() * known))
+            bad = int((labelled & (~known | scores.isnan())).sum())
+            if bad:
+                raise InputError(
+                    f"calibration data must be clean; got {bad} pixels whose label is no class or "
+                    "whose logits are unusable"
+                )
+            if limits is not None:
+                if self._edges is None:
+                    histogram = Histogram(1, *limits)
+                    self._edges = histogram.edges(torch.arange(histogram.num_cells))
+                # The smallest edge no lower than the score: that of its own cell.
+                edges = self._edges.to(scores.device)
+                scores = edges[torch.searchsorted(edges, scores.contiguous())]
+            self.num_classes = classes
+            if len(self._max_share) == 0:
+                self._max_share = torch.zeros(classes, dtype=torch.float64)
+            for entry, weight in enumerate(ratio.tolist()):
+                seen = labelled[entry]
+                if not bool(seen.any()):
+                    continue
+                values, counts = torch.unique(scores[entry][seen], return_counts=True)
+                self._units.append((weight, values.cpu(), counts.cpu()))
+                shares = torch.bincount(labels[entry][seen].long(), minlength=classes).cpu()
+                self._max_share = self._max_share.maximum(shares.double() / int(seen.sum()))
+        return self
+
+    def merge(self, other: Self) -> Self:
+        """Add what another calibrator has seen, which stays as it is.
+
+        Args:
+            other: Made with the same arguments.
+
+        Returns:
+            The calibrator itself.
+
+        Raises:
+            InputError: If the two were made with different arguments or saw other classes.
+        """
+        if self._arguments() != other._arguments():
+            raise InputError(
+                f"other must be made with {self._arguments()} to be merged; "
+                f"got {other._arguments()}"
+            )
+        if other.num_classes is not None and self.num_classes not in (None, other.num_classes):
+            raise InputError(
+                f"other must have seen {self.num_classes} classes to be merged; "
+                f"got {other.num_classes}"
+            )
+        if other.num_classes is not None:
+            mine = self._max_share if len(self._max_share) else torch.zeros_like(other._max_share)
+            self._max_share = mine.maximum(other._max_share)
+            self.num_classes = other.num_classes
+        self._units = self._units + other._units
+        return self
+
+    def _arguments(self) -> dict[str, object]:
+        return {"score": describe_score(self.score), "ignore_index": self.ignore_index}
+
+    def state_dict(self) -> dict[str, object]:
+        """Everything, as tensors, numbers and strings: ``torch.save`` it, load ``weights_only``."""
+        units = self._ordered()
+        empty = torch.zeros(0)
+        return {
+            "kind": type(self).__name__,
+            "version": 1,
+            "score": describe_score(self.score),
+            "ignore_index": self.ignore_index,
+            "num_classes": self.num_classes,
+            "weights": torch.tensor([unit[0] for unit in units], dtype=torch.float64),
+            "sizes": torch.tensor([len(unit[1]) for unit in units], dtype=torch.int64),
+            "scores": torch.cat([empty, *(unit[1] for unit in units)]),
+            "counts": torch.cat([empty.long(), *(unit[2] for unit in units)]),
+            "max_share": self._max_share.clone(),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, object], score: Score | None = None) -> Self:
+        """The calibrator that gave this state.
+
+        Args:
+            state: What ``state_dict`` returned.
+            score: The score, if it is one of your own.
+
+        Returns:
+            A new calibrator.
+
+        Raises:
+            InputError: If the state is another class's, or the score is missing.
+        """
+        if state.get("kind") != cls.__name__ or state.get("version") != 1:
+            raise InputError(
+                f"state must be version 1 of a {cls.__name__}; "
+                f"got version {state.get('version')} of {state.get('kind')}"
+            )
+        described = cast("Mapping[str, object]", state["score"])
+        made = cls(
+            score_from_description(described, score),
+            ignore_index=cast("int", state["ignore_index"]),
+        )
+        made.num_classes = cast("int | None", state["num_classes"])
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        sizes = tensors["sizes"].tolist()
+        values = torch.split(tensors["scores"], sizes)
+        counts = torch.split(tensors["counts"], sizes)
+        made._units = list(zip(tensors["weights"].tolist(), values, counts, strict=True))
+        made._max_share = tensors["max_share"].clone()
+        return made
+
+    def _ordered(self) -> list[_Unit]:
+        """Units in an order that does not depend on how they came."""
+
+        def key(unit: _Unit) -> tuple[float, bytes, bytes]:
+            return unit[0], unit[1].numpy().tobytes(), unit[2].numpy().tobytes()
+
+        return sorted(self._units, key=key)
+
+    def compute(self, alpha: float) -> WeightedCalibration:
+        """Weighted scores for a level; the state stays as it is.
+
+        Args:
+            alpha: Level strictly between 0 and 1.
+
+        Returns:
+            The frozen calibration.
+
+        Raises:
+            InputError: If nothing was seen, or all weights are 0.
+        """
+        _checks.check_alpha(alpha)
+        units = self._ordered()
+        weights = torch.tensor([unit[0] for unit in units], dtype=torch.float64)
+        if not len(units) or float(weights.sum()) <= 0:
+            raise InputError(
+                f"weights must have a positive sum; got {len(units)} labelled images, "
+                f"{int((weights > 0).sum())} of positive weight"
+            )
+        scores = torch.cat([unit[1] for unit in units])
+        mass = torch.cat([weight * counts / counts.sum() for weight, _, counts in units])
+        values, index = torch.unique(scores, sorted=True, return_inverse=True)
+        pooled = torch.zeros(len(values), dtype=torch.float64).index_add(0, index, mass.double())
+        above = pooled.flip(0).cumsum(0).flip(0) - pooled
+        return WeightedCalibration(
+            alpha=alpha,
+            score=self.score,
+            scores=values,
+            above=above.clamp(min=0),
+            weights=weights,
+            num_classes=self.num_classes or 1,
+            num_pixels=int(sum(int(unit[2].sum()) for unit in units)),
+            ignore_index=self.ignore_index,
+            max_share=self._max_share.clone(),
+        )
+
+
+@final
+class ExchangeabilityMartingale:
+    """Watches one number per image for a change in its distribution.
+
+    A conformal test martingale: each number's rank among all up to it, itself included, gives a
+    p-value, smoothed where numbers tie, and the simple jumper (Vovk et al., 2021) bets that
+    p-values are not uniform. Ranks against a fixed calibration set would not be independent, and
+    would raise false alarms.
+
+    Guarantee:
+        If the numbers are exchangeable, in the order in which they come, :meth:`alarm` is ever
+        raised with probability at most ``delta``, over the stream and the smoothing draws.
+
+    Args:
+        seed: Of the draws that smooth ties.
+        jump: How readily bets change direction, in (0, 1).
+
+    Examples:
+        >>> martingale = ExchangeabilityMartingale().update(torch.arange(60.0))
+        >>> martingale.alarm(delta=0.01)
+        True
+    """
+
+    def __init__(self, seed: int = 0, *, jump: float = 0.01) -> None:
+        _checks.check_integer("seed", seed)
+        _checks.check_alpha(jump, "jump")
+        self.seed, self.jump = seed, jump
+        self._seen: list[float] = []
+        self._shares = [1 / 3, 1 / 3, 1 / 3]  # of the capital, on bets -1, 0 and 1
+        self._log_value = self._log_largest = 0.0
+
+    def update(self, statistics: Tensor) -> Self:
+        """See numbers in the order in which their images came.
+
+        Args:
+            statistics: One per image: mean entropy, share kept, mean score. Shape ``(T,)``.
+
+        Returns:
+            The martingale itself.
+
+        Raises:
+            InputError: If statistics is not one axis of floats, or holds NaN.
+        """
+        _checks.check_tensor("statistics", statistics)
+        if statistics.ndim != 1 or not statistics.is_floating_point():
+            raise InputError(
+                "statistics must be floating with shape (T,); "
+                f"got {statistics.dtype} {_checks.describe(statistics.shape)}"
+            )
+        if bool(statistics.isnan().any()):
+            raise InputError(f"statistics must not be NaN; got {int(statistics.isnan().sum())}")
+        position = torch.arange(len(statistics)) + len(self._seen) + 1
+        draws = uniform(self.seed, position).tolist()
+        for value, draw in zip(statistics.tolist(), draws, strict=True):
+            insort(self._seen, value)
+            count = len(self._seen)
+            below, upto = bisect_left(self._seen, value), bisect_right(self._seen, value)
+            self._bet((count - upto + draw * (upto - below)) / count)
+        return self
+
+    def _bet(self, p_value: float) -> None:
+        mixed = [(1 - self.jump) * share + self.jump / 3 for share in self._shares]
+        won = [
+            share * (1 + bet * (p_value - 0.5))
+            for share, bet in zip(mixed, (-1, 0, 1), strict=True)
+        ]
+        growth = sum(won)
+        self._shares = [share / growth for share in won]
+        self._log_value += log(growth)
+        self._log_largest = max(self._log_largest, self._log_value)
+
+    @property
+    def value(self) -> float:
+        """The capital now, 1 at the start."""
+        return exp(min(self._log_value, 700.0))
+
+    @property
+    def largest(self) -> float:
+        """The largest capital so far."""
+        return exp(min(self._log_largest, 700.0))
+
+    def alarm(self, delta: float) -> bool:
+        """Whether the capital has ever reached ``1 / delta``.
+
+        Args:
+            delta: Probability of a false alarm, ever.
+
+        Returns:
+            True if so.
+        """
+        _checks.check_alpha(delta, "delta")
+        return self._log_largest >= -log(delta)
+
+    def state_dict(self) -> dict[str, object]:
+        """Everything, as tensors and numbers."""
+        return {
+            "kind": type(self).__name__,
+            "seed": self.seed,
+            "jump": self.jump,
+            "seen": torch.tensor(self._seen, dtype=torch.float64),
+            "shares": torch.tensor(self._shares, dtype=torch.float64),
+            "log_values": torch.tensor([self._log_value, self._log_largest], dtype=torch.float64),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, object]) -> Self:
+        """The martingale that gave this state.
+
+        Args:
+            state: What ``state_dict`` returned.
+
+        Returns:
+            A new martingale that goes on where the other was.
+
+        Raises:
+            InputError: If the state is another class's.
+        """
+        if state.get("kind") != cls.__name__:
+            raise InputError(f"state must be of a {cls.__name__}; got {state.get('kind')}")
+        made = cls(cast("int", state["seed"]), jump=cast("float", state["jump"]))
+        made._seen = cast("Tensor", state["seen"]).tolist()
+        made._shares = cast("Tensor", state["shares"]).tolist()
+        made._log_value, made._log_largest = cast("Tensor", state["log_values"]).tolist()
+        return made
+
+
+@final
+class AdaptiveLevel:
+    """Adaptive conformal inference: the level follows what was missed (Gibbs and Candes, 2021).
+
+    After each frame the level moves by ``gamma * (alpha - missed)``, where ``missed`` is the share
+    of the frame's labelled pixels whose set missed their class. It may leave (0, 1): at 0 or below
+    every set is full, at 1 or above every set is empty.
+
+    Guarantee:
+        For any sequence of T frames with labels, whatever they are: the mean of the missed shares
+        differs from ``alpha`` by at most ``(max(alpha, 1 - alpha) + gamma) / (gamma * T)``. No
+        assumption; nothing is said of a single frame.
+
+    Args:
+        calibrator: Held-out scores; it must not change while this is used.
+        alpha: The share that may be missed in the long run.
+        gamma: How fast the level moves, in (0, 1).
+
+    Examples:
+        >>> logits, labels = torch.tensor([[2.0, 0.0]] * 20), torch.zeros(20, dtype=torch.int64)
+        >>> following = AdaptiveLevel(SplitCalibrator().update(logits, labels), 0.2, gamma=0.5)
+        >>> following.update(torch.tensor([[2.0, 0.0]]), torch.tensor([1])).level < 0
+        True
+        >>> following(torch.tensor([[2.0, 0.0]]))
+        tensor([[True, True]])
+    """
+
+    def __init__(self, calibrator: SplitCalibrator, alpha: float, *, gamma: float = 0.01) -> None:
+        _checks.check_alpha(alpha)
+        _checks.check_alpha(gamma, "gamma")
+        self.alpha, self.gamma = alpha, gamma
+        self.level = alpha
+        self._calibrator = calibrator
+        self._base = calibrator.compute(alpha)
+        self._at: tuple[float, Calibration] = alpha, self._base
+
+    @property
+    def calibration(self) -> Calibration:
+        """What holds for the next frame; it promises nothing by itself."""
+        if self._at[0] != self.level:
+            if 0 < self.level < 1:
+                made = self._calibrator.compute(self.level)
+            else:
+                edge = inf if self.level <= 0 else -inf
+                made = replace(self._base, thresholds=torch.full_like(self._base.thresholds, edge))
+            control = Control(
+                risk="adaptive miscoverage",
+                rule=None,
+                delta=None,
+                event=f"Nothing is promised for one frame; over many, a share {self.alpha:g} is missed",
+                assumptions=("labels of each frame follow it",),
+                notes=(),
+            )
+            self._at = self.level, replace(made, control=control)
+        return self._at[1]
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Sets of a frame at the present level. ``(B, C, *S)`` to bool ``(B, C, *S)``."""
+        return PixelSetPredictor(self.calibration)(logits)
+
+    def update(self, logits: Tensor, labels: Tensor) -> Self:
+        """Learn what was missed, frame by frame in the order of the batch.
+
+        Args:
+            logits: Of the frames that were predicted. Shape ``(B, C, *S)``.
+            labels: Integers, ``ignore_index`` where unknown. Shape ``(B, *S)``.
+
+        Returns:
+            The object itself. Frames without a labelled pixel, or with unusable logits at all of
+            them, change nothing.
+
+        Raises:
+            InputError: If shapes do not fit, or a label is no class.
+        """
+        _checks.check_logits(logits, self._base.num_classes)
+        _checks.check_labels(labels, logits)
+        ignore = self._base.ignore_index
+        for entry in range(len(logits)):
+            frame, truth = logits[entry : entry + 1], labels[entry : entry + 1].long()
+            valid = truth != ignore
+            if bool((valid & ((truth < 0) | (truth >= frame.shape[1]))).any()):
+                raise InputError("labels must be classes or ignore_index; got others")
+            sets = self(frame)
+            usable = valid & frame.amax(1).isfinite() & ~frame.isnan().any(1)
+            held = sets.gather(1, (truth * valid)[:, None])[:, 0]
+            seen = int(usable.sum())
+            if seen:
+                missed = int((usable & ~held).sum()) / seen
+                self.level += self.gamma * (self.alpha - missed)
+        return self
+
+
+def _weights(name: str, weights: Tensor, count: int) -> Tensor:
+    """Checked weights, float64 on the CPU. ``(count,)``."""
+    _checks.check_tensor(name, weights)
+    ratio = weights.detach().double().cpu()
+    if tuple(ratio.shape) != (count,):
+        raise InputError(f"{name} must have shape ({count},); got {_checks.describe(ratio.shape)}")
+    wrong = [value for value in ratio.tolist() if not (isfinite(value) and value >= 0)]
+    if wrong:
+        raise InputError(f"{name} must be finite and >= 0; got {len(wrong)} that are not")
+    return ratio
