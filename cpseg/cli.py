@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from cpseg.errors import CpsegError
 from cpseg.filters import Argmax, BackgroundPriority, Singleton
 from cpseg.metrics import Coverage, SelectiveAccuracy, SetSize
 from cpseg.predictors import PixelSetPredictor
+from cpseg.training import train_from_file
 
 __all__ = ["main"]
 
@@ -55,13 +57,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--model seem_focalt_v1.pt --cache logits",
     )
     folder.add_arguments(annotate)
+    train = commands.add_parser(
+        "train",
+        help="train a student as a JSON file says",
+        description="Train a student as a JSON file says; every key is checked.",
+        epilog="example: python -m cpseg train config.json --resume",
+    )
+    train.add_argument("config", type=Path, help="the JSON file")
+    train.add_argument("--resume", action="store_true", help="go on with the run in its directory")
     given = parser.parse_args(arguments)
     try:
         if given.command == "annotate":
             return folder.run(given)
+        if given.command == "train":
+            train_from_file(given.config, resume=given.resume, report=print)
+            return 0
         _demo(given.alpha, given.calibration_images, given.new_images, given.seed)
     except CpsegError as error:
         print(f"cpseg: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"cpseg: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("cpseg: interrupted", file=sys.stderr)

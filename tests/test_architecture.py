@@ -60,7 +60,11 @@ FIXED = {
         Singleton AtMost logits_from_probabilities logits_from_sigmoid gather merge_all
     """,
     "cpseg.metrics": "Coverage SetSize SelectiveAccuracy MeanIoU",
-    "cpseg.data": "SyntheticShapes",
+    "cpseg.data": "SyntheticShapes SegmentationFolder",
+    "cpseg.training": """
+        Trainer TrainConfig TwoStageObjective PseudoLabelStore merge_pseudo_labels
+        masked_cross_entropy
+    """,
     "cpseg.annotators": """
         MaskClassAnnotator SemanticLogitsAnnotator TextPromptAnnotator SamClipAnnotator
         CachedAnnotator mask_class_probabilities

@@ -69,6 +69,23 @@ def test_annotate_refuses_a_folder_that_is_not_there_in_one_line(
     assert "nowhere" in line
 
 
+@pytest.mark.parametrize("text", ["{", '{"recipee": {}}', "[]"])
+def test_train_refuses_a_wrong_file_in_one_line(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(text)
+    assert main(["train", str(config)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cpseg: ")
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "none.json"
+    assert main(["train", str(missing)]) == 1
+    assert capsys.readouterr().err == f"cpseg: {missing}: No such file or directory\n"
+
+
 def test_wrong_usage_is_exit_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["demo", "--alpha"])

@@ -1,0 +1,99 @@
+"""Students from few labels and many filtered ones: objective, trainer, and parts of both."""
+
+from cpseg.training.averaging import MovingAverage
+from cpseg.training.batches import Batches, BatchKey, Labeled, Normalize, load
+from cpseg.training.chance import generator_for
+from cpseg.training.checkpoints import (
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    seed_everything,
+    set_random_state,
+)
+from cpseg.training.comparison import (
+    Comparison,
+    Relabeled,
+    StudentResult,
+    biased_annotator,
+    compare_on_shapes,
+)
+from cpseg.training.config import train_from_file, trainer_from_file
+from cpseg.training.distributed import Processes, processes
+from cpseg.training.evaluation import Evaluation, evaluate
+from cpseg.training.mixing import Mix, cutmix
+from cpseg.training.objective import (
+    Batch,
+    Stage,
+    StepOutput,
+    Targets,
+    TwoStageObjective,
+    labeling,
+)
+from cpseg.training.plugin import OnlineAnnotator, PseudoLabelStore, confidence_thresholds
+from cpseg.training.recipes import conformal_sam, self_training, supervised, unimatch_like
+from cpseg.training.schedules import Complement, Constant, Exponential, Linear, Poly, Schedule
+from cpseg.training.students import UNet, logits_of
+from cpseg.training.targets import (
+    Denominator,
+    MergeMode,
+    masked_cross_entropy,
+    merge_pseudo_labels,
+)
+from cpseg.training.trainer import FitResult, Step, TrainConfig, Trainer
+
+__all__ = [
+    "Batch",
+    "BatchKey",
+    "Batches",
+    "Comparison",
+    "Complement",
+    "Constant",
+    "Denominator",
+    "Evaluation",
+    "Exponential",
+    "FitResult",
+    "Labeled",
+    "Linear",
+    "MergeMode",
+    "Mix",
+    "MovingAverage",
+    "Normalize",
+    "OnlineAnnotator",
+    "Poly",
+    "Processes",
+    "PseudoLabelStore",
+    "Relabeled",
+    "Schedule",
+    "Stage",
+    "Step",
+    "StepOutput",
+    "StudentResult",
+    "Targets",
+    "TrainConfig",
+    "Trainer",
+    "TwoStageObjective",
+    "UNet",
+    "biased_annotator",
+    "compare_on_shapes",
+    "confidence_thresholds",
+    "conformal_sam",
+    "cutmix",
+    "evaluate",
+    "generator_for",
+    "labeling",
+    "load",
+    "load_checkpoint",
+    "logits_of",
+    "masked_cross_entropy",
+    "merge_pseudo_labels",
+    "processes",
+    "random_state",
+    "save_checkpoint",
+    "seed_everything",
+    "self_training",
+    "set_random_state",
+    "supervised",
+    "train_from_file",
+    "trainer_from_file",
+    "unimatch_like",
+]

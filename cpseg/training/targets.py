@@ -1,0 +1,189 @@
+"""Targets and their loss: the two functions that every training loop needs, ours and others.
+
+A target is a label and a confidence. Where a label was abstained from, the confidence is -1, so
+that no threshold, not even 0, keeps the pixel; and the label there is still a class, so that no
+loss ever sees an index it does not know.
+"""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cpseg import _checks
+from cpseg.errors import InputError
+
+__all__ = ["Denominator", "MergeMode", "masked_cross_entropy", "merge_pseudo_labels"]
+
+MergeMode = Literal["replace", "prefer_external", "fill", "agree"]
+"""How external labels meet a network's own; see :func:`merge_pseudo_labels`."""
+
+Denominator = Literal["kept", "valid", "all"]
+"""What a sum of pixel losses is divided by; see :func:`masked_cross_entropy`."""
+
+
+def merge_pseudo_labels(
+    labels: Tensor,
+    confidence: Tensor,
+    external: Tensor | None,
+    *,
+    mode: MergeMode = "replace",
+    threshold: float | Tensor | None = None,
+    ignore_index: int = 255,
+    pad_index: int = 254,
+) -> tuple[Tensor, Tensor]:
+    """A network's own labels and external ones, as one target.
+
+    Where the external label is a class its confidence counts as 1. ``"replace"``: external labels
+    alone, abstained from where they abstain. ``"prefer_external"``: external, else own.
+    ``"fill"``: own where confident, else external. ``"agree"``: own, abstained from where an
+    external label says otherwise.
+
+    Args:
+        labels: The network's own labels, classes everywhere, with any shape.
+        confidence: Its confidence in them, floating. Same shape.
+        external: External labels: classes, ``ignore_index`` where they abstain, ``pad_index``
+            outside the image. Same shape; None returns ``labels`` and ``confidence`` as they are.
+        mode: How the two meet.
+        threshold: For ``"fill"`` alone: from which confidence an own label counts, one number or
+            one per pixel.
+        ignore_index: What an abstained external label is.
+        pad_index: What an external label outside the image is.
+
+    Returns:
+        Labels, with a class everywhere and never ``ignore_index`` or ``pad_index``, and the dtype
+        of ``labels``; confidences, -1 where abstained.
+
+    Raises:
+        InputError: If shapes or dtypes do not fit, or ``threshold`` is missing or of no use.
+
+    Examples:
+        >>> own, sure = torch.tensor([0, 1, 2]), torch.tensor([0.9, 0.8, 0.4])
+        >>> merge_pseudo_labels(own, sure, torch.tensor([2, 255, 1]))
+        (tensor([2, 0, 1]), tensor([ 1., -1.,  1.]))
+        >>> merge_pseudo_labels(own, sure, torch.tensor([2, 255, 1]), mode="agree")
+        (tensor([0, 1, 2]), tensor([-1.0000,  0.8000, -1.0000]))
+    """
+    if mode not in get_args(MergeMode):
+        raise InputError(
+            f'mode must be "replace", "prefer_external", "fill" or "agree"; got {mode!r}'
+        )
+    if (mode == "fill") != (threshold is not None):
+        raise InputError(
+            f'threshold must be given with mode "fill" and with no other; got {threshold!r} '
+            f"with {mode!r}"
+        )
+    _checks.check_integers("labels", labels)
+    _checks.check_tensor("confidence", confidence)
+    if not confidence.is_floating_point() or confidence.shape != labels.shape:
+        raise InputError(
+            f"confidence must be floating with shape {_checks.describe(labels.shape)}; "
+            f"got {confidence.dtype} {_checks.describe(confidence.shape)}"
+        )
+    if external is None:
+        return labels, confidence
+    _checks.check_map("external", external, labels.shape, "labels")
+    _checks.check_device("external", external, labels, "labels")
+    there = (external != ignore_index) & (external != pad_index)
+    label = torch.where(there, external, 0).to(labels.dtype)
+    if mode == "replace":
+        return label, torch.where(there, 1.0, -1.0).to(confidence.dtype)
+    if mode == "agree":
+        return labels, torch.where(there & (label != labels), -1.0, confidence)
+    take = there if threshold is None else there & (confidence < threshold)
+    return torch.where(take, label, labels), torch.where(take, 1.0, confidence)
+
+
+def masked_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    weight: Tensor | None = None,
+    denominator: Denominator = "kept",
+    valid: Tensor | None = None,
+    ignore_index: int = 255,
+    pad_index: int = 254,
+    share: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The cross-entropy over the pixels that count; 0, attached to the graph, where none does.
+
+    The denominators differ between published methods, and with them the weight of the loss by
+    one over the share of pixels kept. ``"kept"``: pixels whose weight is positive and whose label
+    is a class, as in cross-entropy's own mean. ``"valid"``: pixels inside the image, kept or not.
+    ``"all"``: every pixel of the batch.
+
+    Args:
+        logits: ``(B, C, *S)``; the loss is computed in float32 at least.
+        labels: Classes, ``ignore_index`` where abstained, ``pad_index`` outside the image.
+            Shape ``(B, *S)``.
+        weight: Of each pixel, bool or floating, at least 0. Shape ``(B, *S)``.
+        denominator: What the sum is divided by.
+        valid: Which pixels lie inside the image, for ``"valid"``; None: those whose label is not
+            ``pad_index``. bool ``(B, *S)``.
+        ignore_index: Label of pixels that do not count.
+        pad_index: Label of pixels outside the image; they do not count either.
+        share: What to make of the denominator before dividing, such as the mean over processes.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        InputError: If shapes or dtypes do not fit, or either index is a class.
+
+    Examples:
+        >>> logits = torch.zeros(1, 4, 2, requires_grad=True)
+        >>> masked_cross_entropy(logits, torch.tensor([[3, 255]]))
+        tensor(1.3863, grad_fn=<DivBackward0>)
+        >>> masked_cross_entropy(logits, torch.tensor([[3, 255]]), denominator="valid")
+        tensor(0.6931, grad_fn=<DivBackward0>)
+        >>> masked_cross_entropy(logits, torch.tensor([[255, 254]]))
+        tensor(0., grad_fn=<DivBackward0>)
+    """
+    _check_loss(logits, labels, (weight, valid), (ignore_index, pad_index), denominator)
+    kept = (labels != ignore_index) & (labels != pad_index)
+    if weight is not None:
+        kept = kept & (weight > 0)
+    target = torch.where(kept, labels.long(), ignore_index)
+    values = logits if logits.dtype == torch.float64 else logits.float()
+    if weight is None or weight.dtype == torch.bool:
+        total = functional.cross_entropy(values, target, ignore_index=ignore_index, reduction="sum")
+    else:
+        each = functional.cross_entropy(values, target, ignore_index=ignore_index, reduction="none")
+        total = (each * torch.where(kept, weight, 0)).sum()
+    if denominator == "kept":
+        count = kept.sum()
+    elif denominator == "valid":
+        count = (valid if valid is not None else labels != pad_index).sum()
+    else:
+        count = torch.tensor(labels.numel(), device=labels.device)
+    count = count.to(total.dtype)
+    if share is not None:
+        count = share(count)
+    # A shared count may lie below 1; the smallest that is not 0 is one pixel over all processes.
+    return total / torch.where(count > 0, count, 1)
+
+
+def _check_loss(
+    logits: Tensor,
+    labels: Tensor,
+    maps: tuple[Tensor | None, Tensor | None],
+    indices: tuple[int, int],
+    denominator: str,
+) -> None:
+    _checks.check_logits(logits)
+    _checks.check_labels(labels, logits)
+    for name, index in zip(("ignore_index", "pad_index"), indices, strict=True):
+        if 0 <= index < logits.shape[1]:
+            raise InputError(
+                f"{name} must lie outside the classes [0, {logits.shape[1]}); got {index}"
+            )
+    for name, value in zip(("weight", "valid"), maps, strict=True):
+        if value is not None and value.shape != labels.shape:
+            raise InputError(
+                f"{name} must have shape {_checks.describe(labels.shape)}; "
+                f"got {_checks.describe(value.shape)}"
+            )
+    if denominator not in get_args(Denominator):
+        raise InputError(f'denominator must be "kept", "valid" or "all"; got {denominator!r}')

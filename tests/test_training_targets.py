@@ -1,0 +1,238 @@
+"""Schedules, CutMix, merged labels and their loss, held against a few lines of plain Python."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from cpseg.errors import InputError
+from cpseg.training import (
+    Complement,
+    Constant,
+    Denominator,
+    Exponential,
+    Linear,
+    MergeMode,
+    Poly,
+    cutmix,
+    generator_for,
+    masked_cross_entropy,
+    merge_pseudo_labels,
+)
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+@given(st.floats(0, 1), st.floats(0, 4), st.floats(0, 4))
+def test_schedules_in_closed_form(r: float, a: float, b: float) -> None:
+    assert Constant(a)(r) == a
+    assert Linear(a, b)(r) == pytest.approx((1 - r) * a + r * b)
+    assert Exponential(a, b)(r) == pytest.approx(a / math.e ** (b * r))
+    assert Poly(a, b)(r) == pytest.approx(a * (1 - r) ** b)
+    assert Complement(Linear(a, b))(r) == pytest.approx(1 - ((1 - r) * a + r * b))
+    assert Linear(a, b)(0) == Exponential(a, b)(0) == Poly(a, b)(0) == a
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_schedules_refuse_what_is_no_weight(value: float) -> None:
+    with pytest.raises(InputError, match="must be finite and >= 0"):
+        Exponential(value)
+
+
+# --- CutMix ---------------------------------------------------------------------------------------
+
+
+@given(seeds, st.integers(2, 6), st.integers(1, 9), st.integers(1, 11))
+def test_cutmix_moves_boxes_between_different_images(seed: int, b: int, h: int, w: int) -> None:
+    mix = cutmix((b, h, w), probability=1.0, generator=torch.Generator().manual_seed(seed))
+    assert all(mix.partner[i] != i for i in range(b))
+    assert sorted(mix.partner.tolist()) == list(range(b))
+    for inside in mix.inside:
+        rows, columns = inside.any(1).nonzero(), inside.any(0).nonzero()
+        top, bottom = int(rows.min()), int(rows.max()) + 1
+        left, right = int(columns.min()), int(columns.max()) + 1
+        assert bool(inside[top:bottom, left:right].all())
+        assert int(inside.sum()) == (bottom - top) * (right - left)
+
+
+def test_cutmix_keeps_images_labels_and_validity_together() -> None:
+    generator = generator_for(3)
+    number = torch.arange(5)[:, None, None].expand(5, 7, 9)  # which image a pixel is from
+    image = number[:, None].expand(5, 3, 7, 9).float()
+    mix = cutmix((5, 7, 9), probability=1.0, generator=generator)
+    mixed = mix(image)
+    for moved in (mix(number), mix(number % 2 == 0).long()):
+        expected = mixed[:, 0].long() if moved.max() > 1 else (mixed[:, 0].long() % 2 == 0).long()
+        assert torch.equal(moved, expected)
+    assert not torch.equal(mixed, image)
+    for i in range(5):
+        outside = ~mix.inside[i]
+        assert bool((mixed[i, 0][outside] == i).all())
+        assert bool((mixed[i, 0][mix.inside[i]] == mix.partner[i]).all())
+
+
+def test_cutmix_leaves_a_batch_of_one_and_respects_its_probability_and_areas() -> None:
+    alone = cutmix((1, 4, 5), probability=1.0, generator=generator_for(0))
+    assert not alone.inside.any()
+    assert not cutmix((4, 4, 5), probability=0.0, generator=generator_for(0)).inside.any()
+    mix = cutmix((400, 50, 60), probability=0.5, generator=generator_for(1))
+    share = mix.inside.flatten(1).double().mean(1)
+    mixed = share[share > 0]
+    assert 150 < len(mixed) < 250
+    assert 0.01 < float(mixed.min()) < float(mixed.max()) < 0.42
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"probability": 1.5}, {"area": (0.0, 0.5)}, {"ratio": (2.0, 1.0)}]
+)
+def test_cutmix_refuses_what_it_cannot_draw(wrong: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(wrong))} must"):
+        cutmix((2, 4, 5), generator=generator_for(0), **wrong)  # type: ignore[arg-type]
+
+
+# --- merged labels --------------------------------------------------------------------------------
+
+
+def merged_pixel(
+    own: int, sure: float, ext: int, mode: MergeMode, threshold: float
+) -> tuple[int, float]:
+    there = ext < 254
+    if mode == "replace":
+        return (ext, 1.0) if there else (0, -1.0)
+    if mode == "agree":
+        return own, -1.0 if there and ext != own else sure
+    if mode == "fill":
+        there = there and sure < threshold
+    return (ext, 1.0) if there else (own, sure)
+
+
+@given(seeds, st.sampled_from(["replace", "prefer_external", "fill", "agree"]))
+def test_merging_pixel_by_pixel_and_its_promises(seed: int, mode: MergeMode) -> None:
+    g = torch.Generator().manual_seed(seed)
+    own = torch.randint(0, 7, (2, 3, 5), generator=g)
+    sure = torch.rand(2, 3, 5, generator=g)
+    values = torch.tensor([*range(7), 254, 255, 255])
+    external = values[torch.randint(0, 10, (2, 3, 5), generator=g)]
+    threshold = 0.6 if mode == "fill" else None
+    labels, confidence = merge_pseudo_labels(own, sure, external, mode=mode, threshold=threshold)
+    flat = zip(own.flatten(), sure.flatten(), external.flatten(), strict=True)
+    for index, (a, b, c) in enumerate(flat):
+        label, sureness = merged_pixel(int(a), float(b), int(c), mode, 0.6)
+        assert int(labels.flatten()[index]) == label
+        assert float(confidence.flatten()[index]) == pytest.approx(sureness)
+    assert int(labels.max()) < 7  # 255 and 254 never leave
+    assert int(labels.min()) >= 0
+    assert labels.dtype == own.dtype
+    assert confidence.dtype == sure.dtype
+    functional.cross_entropy(torch.zeros(2, 7, 3, 5), labels)  # a loss that knows no 255
+
+
+def test_merging_keeps_own_labels_without_external_ones() -> None:
+    own, sure = torch.tensor([2, 1]), torch.tensor([0.5, 0.25])
+    assert merge_pseudo_labels(own, sure, None) == (own, sure)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "both"}, "mode must"),
+        ({"mode": "fill"}, "threshold must"),
+        ({"threshold": 0.5}, "threshold must"),
+        ({"external": torch.zeros(3, dtype=torch.int64)}, "external must have shape"),
+        ({"external": torch.zeros(2)}, "external must be an integer"),
+        ({"confidence": torch.zeros(2, dtype=torch.int64)}, "confidence must be floating"),
+        ({"labels": torch.zeros(2)}, "labels must be an integer"),
+    ],
+)
+def test_merging_refuses_what_does_not_fit(change: dict[str, object], message: str) -> None:
+    given_: dict[str, object] = {
+        "labels": torch.tensor([0, 1]),
+        "confidence": torch.tensor([0.5, 0.5]),
+        "external": torch.tensor([1, 255]),
+    }
+    with pytest.raises(InputError, match=message):
+        merge_pseudo_labels(**{**given_, **change})  # type: ignore[arg-type]
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def loss_by_hand(
+    logits: Tensor, labels: Tensor, weight: Tensor, valid: Tensor, which: Denominator
+) -> float:
+    total, kept = 0.0, 0
+    for place in range(labels.numel()):
+        label, w = int(labels.flatten()[place]), float(weight.flatten()[place])
+        if label < 254 and w > 0:
+            row = [float(logits[i // 15, c].flatten()[i % 15]) for i in [place] for c in range(4)]
+            total += w * (math.log(sum(math.exp(x) for x in row)) - row[label])
+            kept += 1
+    count = {"kept": kept, "valid": int(valid.sum()), "all": labels.numel()}[which]
+    return total / max(count, 1)
+
+
+@given(seeds, st.sampled_from(["kept", "valid", "all"]), st.booleans())
+def test_the_three_denominators_by_hand(seed: int, which: Denominator, flat: bool) -> None:  # noqa: FBT001
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, 4, 3, 5, generator=g)
+    values = torch.tensor([0, 1, 2, 3, 255, 254])
+    labels = values[torch.randint(0, 6, (2, 3, 5), generator=g)]
+    weight = torch.rand(2, 3, 5, generator=g) * (torch.rand(2, 3, 5, generator=g) > 0.4)
+    used = weight > 0 if flat else weight
+    valid = torch.rand(2, 3, 5, generator=g) > 0.3
+    found = masked_cross_entropy(logits, labels, weight=used, denominator=which, valid=valid)
+    assert float(found) == pytest.approx(
+        loss_by_hand(logits, labels, used.float(), valid, which), rel=1e-4, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("which", ["kept", "valid", "all"])
+@pytest.mark.parametrize("weight", [None, torch.zeros(2, 3, 5)])
+def test_nothing_kept_is_a_zero_that_is_attached(which: Denominator, weight: Tensor | None) -> None:
+    logits = torch.randn(2, 4, 3, 5, requires_grad=True)
+    labels = torch.full((2, 3, 5), 255 if weight is None else 1)
+    loss = masked_cross_entropy(logits, labels, weight=weight, denominator=which)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.item() == 0
+    assert logits.grad is not None
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_padding_counts_for_all_alone_when_nothing_says_what_is_valid() -> None:
+    logits, labels = torch.zeros(1, 3, 4), torch.tensor([[0, 255, 254, 254]])
+    found = [
+        float(masked_cross_entropy(logits, labels, denominator=which))
+        for which in ("kept", "valid", "all")
+    ]
+    assert found == pytest.approx([math.log(3), math.log(3) / 2, math.log(3) / 4])
+
+
+def test_half_precision_logits_make_a_float32_loss() -> None:
+    logits = torch.full((1, 3, 2), 60000.0, dtype=torch.float16)
+    loss = masked_cross_entropy(logits, torch.tensor([[0, 2]]))
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(math.log(3), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"denominator": "mean"}, "denominator must"),
+        ({"ignore_index": 2}, "ignore_index must lie outside"),
+        ({"pad_index": 0}, "pad_index must lie outside"),
+        ({"weight": torch.ones(3)}, "weight must have shape"),
+        ({"valid": torch.ones(3)}, "valid must have shape"),
+        ({"labels": torch.zeros(1, 3, dtype=torch.int64)}, "labels must have shape"),
+    ],
+)
+def test_the_loss_refuses_what_does_not_fit(change: dict[str, object], message: str) -> None:
+    given_: dict[str, object] = {
+        "logits": torch.zeros(1, 3, 2),
+        "labels": torch.tensor([[0, 2]]),
+    }
+    with pytest.raises(InputError, match=message):
+        masked_cross_entropy(**{**given_, **change})  # type: ignore[arg-type]
