@@ -710,8 +710,12 @@ class RiskCalibrator:
             _check_grid(grid)
         elif score.range(classes or 2) is None:
             raise InputError(f"grid must be given for a score without a range; got {score!r}")
-        self.risk, self.score, self.start, self.seed = risk, score, start, seed
-        self.ignore_index, self.source = ignore_index, source
+        self.risk: Risk = risk
+        self.score: Score = score
+        self.start: Start | None = start
+        self.seed: int = seed
+        self.ignore_index: int = ignore_index
+        self.source: str | None = source
         self._declared_grid, self._declared_classes = grid, classes
         self.grid: Tensor | None = grid
         self.num_classes: int | None = classes

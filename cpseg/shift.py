@@ -188,7 +188,8 @@ class WeightedCalibrator:
 
     def __init__(self, score: Score = LAC(), *, ignore_index: int = 255) -> None:
         _checks.check_ignore_index(ignore_index, None)
-        self.score, self.ignore_index = score, ignore_index
+        self.score: Score = score
+        self.ignore_index: int = ignore_index
         self.reset()
 
     def reset(self) -> Self:
@@ -404,7 +405,8 @@ class ExchangeabilityMartingale:
     def __init__(self, seed: int = 0, *, jump: float = 0.01) -> None:
         _checks.check_integer("seed", seed)
         _checks.check_alpha(jump, "jump")
-        self.seed, self.jump = seed, jump
+        self.seed: int = seed
+        self.jump: float = jump
         self._seen: list[float] = []
         self._shares = [1 / 3, 1 / 3, 1 / 3]  # of the capital, on bets -1, 0 and 1
         self._log_value = self._log_largest = 0.0
@@ -534,8 +536,9 @@ class AdaptiveLevel:
     def __init__(self, calibrator: SplitCalibrator, alpha: float, *, gamma: float = 0.01) -> None:
         _checks.check_alpha(alpha)
         _checks.check_alpha(gamma, "gamma")
-        self.alpha, self.gamma = alpha, gamma
-        self.level = alpha
+        self.alpha: float = alpha
+        self.gamma: float = gamma
+        self.level: float = alpha
         self._calibrator = calibrator
         self._base = calibrator.compute(alpha)
         self._at: tuple[float, Calibration] = alpha, self._base

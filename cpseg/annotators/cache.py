@@ -94,7 +94,7 @@ class CachedAnnotator:
         best: int | None = None,
         background: int | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder: Path = Path(folder)
         self.refused: list[str] = []
         self._annotator = annotator
         if best is not None:

@@ -168,7 +168,7 @@ class SemanticLogitsAnnotator:
     ) -> None:
         self._model = model.eval()
         self._preprocessing = preprocessing
-        self.source = _source(model, source, {"preprocessing": preprocessing})
+        self.source: str = _source(model, source, {"preprocessing": preprocessing})
 
     @classmethod
     def from_pretrained(
@@ -236,7 +236,7 @@ class MaskClassAnnotator:
             "background": background,
             "inputs": {name: value.tolist() for name, value in self._inputs.items()},
         }
-        self.source = _source(model, source, settings)
+        self.source: str = _source(model, source, settings)
 
     @classmethod
     def from_pretrained(
@@ -335,7 +335,7 @@ class TextPromptAnnotator:
         ]
         if not prompts:
             raise InputError("class_names must name a class besides the background; got none")
-        self.class_names = tuple(names)
+        self.class_names: tuple[str, ...] = tuple(names)
         self._model: Any = model.eval()
         self._kind = kind
         self._preprocessing = preprocessing
@@ -361,7 +361,7 @@ class TextPromptAnnotator:
             "background": background,
             "presence": presence,
         }
-        self.source = _source(model, source, settings)
+        self.source: str = _source(model, source, settings)
 
     @classmethod
     def from_pretrained(

@@ -64,7 +64,7 @@ class SigmoidAnnotator:
         self._model = model.eval()
         self._preprocessing = preprocessing
         name = f"{source or type(model).__name__}, sigmoid channels"
-        self.source = describe_source(name, model, {"preprocessing": preprocessing})
+        self.source: str = describe_source(name, model, {"preprocessing": preprocessing})
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class SamClipAnnotator:
         _checks.check_integer("points_per_side", points_per_side, 1)
         if not templates or any(template.count("{}") != 1 for template in templates):
             raise InputError(f"templates must each hold one {{}}; got {list(templates)}")
-        self.class_names = tuple(names)
+        self.class_names: tuple[str, ...] = tuple(names)
         self._sam, self._clip = sam.eval(), clip.eval()
         self._background = background
         self._overlap: _Overlap = overlap
@@ -134,7 +134,7 @@ class SamClipAnnotator:
             "limits": self._limits,
         }
         both = nn.ModuleDict({"sam": sam, "clip": clip})
-        self.source = describe_source(f"SAM+CLIP, {len(names)} classes", both, settings)
+        self.source: str = describe_source(f"SAM+CLIP, {len(names)} classes", both, settings)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class MovingAverage:
     def __init__(self, network: nn.Module, decay: float = 0.996) -> None:
         if not 0 <= decay < 1:
             raise InputError(f"decay must lie in [0, 1); got {decay!r}")
-        self.module = deepcopy(network).eval().requires_grad_(requires_grad=False)
+        self.module: nn.Module = deepcopy(network).eval().requires_grad_(requires_grad=False)
         self.decay = decay
         self.updates = 0
 

@@ -74,10 +74,10 @@ class UNet(nn.Module):
         if width % 4:
             raise InputError(f"width must be a multiple of 4; got {width}")
         widths = [width * 2**level for level in range(depth + 1)]
-        self.stem = _block(channels, width)
-        self.down = nn.ModuleList(_block(a, b) for a, b in pairwise(widths))
-        self.up = nn.ModuleList(_block(a + b, a) for a, b in pairwise(widths))
-        self.head = nn.Conv2d(width, num_classes, 1)
+        self.stem: nn.Sequential = _block(channels, width)
+        self.down: nn.ModuleList = nn.ModuleList(_block(a, b) for a, b in pairwise(widths))
+        self.up: nn.ModuleList = nn.ModuleList(_block(a + b, a) for a, b in pairwise(widths))
+        self.head: nn.Conv2d = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(B, C, H, W)`` of images ``(B, channels, H, W)``."""

@@ -32,7 +32,7 @@ from cpseg.training.checkpoints import (
     seed_everything,
     set_random_state,
 )
-from cpseg.training.distributed import processes
+from cpseg.training.distributed import Processes, processes
 from cpseg.training.evaluation import Evaluation, evaluate
 from cpseg.training.objective import Batch, Stage, TwoStageObjective
 from cpseg.training.schedules import Poly
@@ -213,12 +213,14 @@ class Trainer:
         device: torch.device | None = None,
     ) -> None:
         self.config = config
-        self.objective = TwoStageObjective(config.stages, config.ignore_index, config.seed)
-        self.directory = Path(directory)
+        self.objective: TwoStageObjective = TwoStageObjective(
+            config.stages, config.ignore_index, config.seed
+        )
+        self.directory: Path = Path(directory)
         self.validation = validation
-        self.normalize = Normalize(config.mean, config.std)
+        self.normalize: Normalize = Normalize(config.mean, config.std)
         wanted = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.processes = processes(wanted)
+        self.processes: Processes = processes(wanted)
         if wanted == torch.device("cuda"):
             wanted = torch.device("cuda", self.processes.local_rank)
         self.device = wanted
@@ -226,7 +228,7 @@ class Trainer:
             raise InputError("unlabeled must be a dataset where a stage uses one; got None")
         if validation is not None and len(validation) == 0:
             raise InputError("validation must hold at least one image; got none")
-        self.batches = Batches(
+        self.batches: Batches = Batches(
             labeled,
             unlabeled,
             num_classes=config.num_classes,
@@ -236,12 +238,14 @@ class Trainer:
             ignore_index=config.ignore_index,
             seed=config.seed,
         )
-        self.student = student.to(self.device)
-        self.teacher = (
+        self.student: nn.Module = student.to(self.device)
+        self.teacher: MovingAverage | None = (
             None if config.ema_decay is None else MovingAverage(student, config.ema_decay)
         )
-        self.optimizer = _optimizer(student, config)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.optimizer: torch.optim.Optimizer = _optimizer(student, config)
+        self.scaler: torch.amp.GradScaler = torch.amp.GradScaler(
+            self.device.type, enabled=config.precision == "fp16"
+        )
         self._labeled_seen = 0
         self._unlabeled_seen = 0
         self.number = 0

@@ -82,7 +82,7 @@ class SEEMAnnotator:
         autocast: torch.dtype | None = None,
     ) -> None:
         names, texts = class_prompts(class_names)
-        self.class_names = tuple(names)
+        self.class_names: tuple[str, ...] = tuple(names)
         self._prompts = _prompted(names, texts, background, void_text)
         if mode is None:
             mode = "none" if background is None else "complement"
@@ -106,7 +106,7 @@ class SEEMAnnotator:
         with torch.no_grad():
             flat = [text for group in self._prompts for text in group]
             self._embeddings = embed(model, [*flat, void_text], self._tokenizer, self._templates)
-        self.source = describe_source(
+        self.source: str = describe_source(
             f"SEEM {model.config.block}, {len(names)} classes, mode={mode}, short={short}",
             model,
             {
@@ -237,7 +237,7 @@ class UpstreamSEEMAnnotator:
             raise InputError(
                 "class_names must be a sequence of names; the original has no synonyms"
             )
-        self.class_names = tuple(names)
+        self.class_names: tuple[str, ...] = tuple(names)
         prompts = _prompted(names, texts, background, void_text)
         self._texts = [*(text for group in prompts for text in group), void_text]
         inner = getattr(model, "model", model)
@@ -251,7 +251,7 @@ class UpstreamSEEMAnnotator:
         self._short = short
         self._embeddings: Tensor | None = None
         mode = "none" if background is None else "complement"
-        self.source = describe_source(
+        self.source: str = describe_source(
             f"{source}, {len(names)} classes, mode={mode}, short={short}",
             inner if isinstance(inner, nn.Module) else None,
             {"names": names, "background": background, "void": void_text},

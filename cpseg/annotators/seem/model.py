@@ -110,8 +110,8 @@ class SEEM(nn.Module):
     def __init__(self, config: SEEMConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = _FocalNet(config)
-        self.sem_seg_head = _Head(config)
+        self.backbone: _FocalNet = _FocalNet(config)
+        self.sem_seg_head: _Head = _Head(config)
 
     def forward(self, images: Tensor, class_embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the object queries.
@@ -197,8 +197,8 @@ class _FocalNet(nn.Module):
         widths = [config.embed_dim * 2**i for i in range(4)]
         # Focal-L's stem pads by 2, not 3: its map is shifted, and the weights expect that.
         stem = 3 if config.block == "focal_dw" else 2
-        self.patch_embed = _Downsample(3, widths[0], kernel=7, stride=4, padding=stem)
-        self.layers = nn.ModuleList(
+        self.patch_embed: _Downsample = _Downsample(3, widths[0], kernel=7, stride=4, padding=stem)
+        self.layers: nn.ModuleList = nn.ModuleList(
             _Stage(config, widths[i], depth, widths[i + 1] if i < 3 else None)
             for i, depth in enumerate(config.depths)
         )
@@ -239,8 +239,8 @@ class _Downsample(nn.Module):
 
     def __init__(self, width: int, onward: int, *, kernel: int, stride: int, padding: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(width, onward, kernel, stride, padding)
-        self.norm = nn.LayerNorm(onward)
+        self.proj: nn.Conv2d = nn.Conv2d(width, onward, kernel, stride, padding)
+        self.norm: nn.LayerNorm = nn.LayerNorm(onward)
         self._stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
@@ -256,10 +256,10 @@ class _DepthwiseBlock(nn.Module):
         self.gamma_2 = nn.Parameter(torch.ones(width))
         self.dw1 = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.norm1 = nn.LayerNorm(width)
-        self.modulation = _Modulation(width, levels)
+        self.modulation: _Modulation = _Modulation(width, levels)
         self.dw2 = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = _MLP(width)
+        self.mlp: _MLP = _MLP(width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + _channels_first(self.dw1, x)
@@ -276,9 +276,9 @@ class _PostNormBlock(nn.Module):
         self.gamma_1 = nn.Parameter(torch.ones(width))
         self.gamma_2 = nn.Parameter(torch.ones(width))
         self.norm1 = nn.LayerNorm(width)
-        self.modulation = _Modulation(width, levels)
+        self.modulation: _Modulation = _Modulation(width, levels)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = _MLP(width)
+        self.mlp: _MLP = _MLP(width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.gamma_1 * self.norm1(self.modulation(x))
@@ -327,8 +327,8 @@ class _MLP(nn.Module):
 class _Head(nn.Module):
     def __init__(self, config: SEEMConfig) -> None:
         super().__init__()
-        self.pixel_decoder = _PixelDecoder(config)
-        self.predictor = _Predictor(config)
+        self.pixel_decoder: _PixelDecoder = _PixelDecoder(config)
+        self.predictor: _Predictor = _Predictor(config)
 
 
 class _PixelDecoder(nn.Module):
@@ -337,18 +337,20 @@ class _PixelDecoder(nn.Module):
     def __init__(self, config: SEEMConfig) -> None:
         super().__init__()
         dim, width = config.dim, config.embed_dim
-        self.adapter_1 = _ConvNorm(width, dim, 1)
-        self.layer_1 = _ConvNorm(dim, dim, 3)
-        self.adapter_2 = _ConvNorm(2 * width, dim, 1)
-        self.layer_2 = _ConvNorm(dim, dim, 3)
-        self.adapter_3 = _ConvNorm(4 * width, dim, 1)
-        self.layer_3 = _ConvNorm(dim, dim, 3)
-        self.layer_4 = _ConvNorm(dim, dim, 3)
-        self.mask_features = nn.Conv2d(dim, dim, 3, padding=1)
-        self.input_proj = nn.Conv2d(8 * width, dim, 1)
+        self.adapter_1: _ConvNorm = _ConvNorm(width, dim, 1)
+        self.layer_1: _ConvNorm = _ConvNorm(dim, dim, 3)
+        self.adapter_2: _ConvNorm = _ConvNorm(2 * width, dim, 1)
+        self.layer_2: _ConvNorm = _ConvNorm(dim, dim, 3)
+        self.adapter_3: _ConvNorm = _ConvNorm(4 * width, dim, 1)
+        self.layer_3: _ConvNorm = _ConvNorm(dim, dim, 3)
+        self.layer_4: _ConvNorm = _ConvNorm(dim, dim, 3)
+        self.mask_features: nn.Conv2d = nn.Conv2d(dim, dim, 3, padding=1)
+        self.input_proj: nn.Conv2d = nn.Conv2d(8 * width, dim, 1)
         # transformer.encoder.layers: the original's names
         layers = nn.ModuleList(_EncoderLayer(config) for _ in range(config.encoder_layers))
-        self.transformer = nn.ModuleDict({"encoder": nn.ModuleDict({"layers": layers})})
+        self.transformer: nn.ModuleDict = nn.ModuleDict(
+            {"encoder": nn.ModuleDict({"layers": layers})}
+        )
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         fine, middle, coarse, coarsest = features
@@ -378,7 +380,7 @@ class _ConvNorm(nn.Conv2d):
 
     def __init__(self, width: int, dim: int, kernel: int) -> None:
         super().__init__(width, dim, kernel, padding=kernel // 2, bias=False)
-        self.norm = nn.GroupNorm(32, dim)
+        self.norm: nn.GroupNorm = nn.GroupNorm(32, dim)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's own name for it)
         return self.norm(super().forward(input))
@@ -411,7 +413,7 @@ class _Attention(nn.Module):
 class _EncoderLayer(nn.Module):
     def __init__(self, config: SEEMConfig) -> None:
         super().__init__()
-        self.self_attn = _Attention(config.dim, config.heads)
+        self.self_attn: _Attention = _Attention(config.dim, config.heads)
         self.linear1 = nn.Linear(config.dim, config.feedforward)
         self.linear2 = nn.Linear(config.feedforward, config.dim)
         self.norm1 = nn.LayerNorm(config.dim)
@@ -426,7 +428,7 @@ class _EncoderLayer(nn.Module):
 class _SelfAttention(nn.Module):
     def __init__(self, config: SEEMConfig) -> None:
         super().__init__()
-        self.self_attn = _Attention(config.dim, config.heads)
+        self.self_attn: _Attention = _Attention(config.dim, config.heads)
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, x: Tensor, place: Tensor, allowed: Tensor | None) -> Tensor:
@@ -437,7 +439,7 @@ class _SelfAttention(nn.Module):
 class _CrossAttention(nn.Module):
     def __init__(self, config: SEEMConfig) -> None:
         super().__init__()
-        self.multihead_attn = _Attention(config.dim, config.heads)
+        self.multihead_attn: _Attention = _Attention(config.dim, config.heads)
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(
@@ -460,7 +462,7 @@ class _FeedForward(nn.Module):
 class _MaskEmbed(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(dim, dim) for _ in range(3))
+        self.layers: nn.ModuleList = nn.ModuleList(nn.Linear(dim, dim) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         first, second, last = self.layers
@@ -473,20 +475,22 @@ class _Predictor(nn.Module):
     def __init__(self, config: SEEMConfig) -> None:
         super().__init__()
         dim, depth = config.dim, config.decoder_layers
-        self.query_feat = nn.Embedding(config.queries, dim)
-        self.query_embed = nn.Embedding(config.queries, dim)
-        self.level_embed = nn.Embedding(3, dim)
-        self.class_embed = nn.Parameter(torch.randn(dim, dim) * dim**-0.5)
-        self.decoder_norm = nn.LayerNorm(dim)
-        self.mask_embed = _MaskEmbed(dim)
-        self.transformer_self_attention_layers = nn.ModuleList(
+        self.query_feat: nn.Embedding = nn.Embedding(config.queries, dim)
+        self.query_embed: nn.Embedding = nn.Embedding(config.queries, dim)
+        self.level_embed: nn.Embedding = nn.Embedding(3, dim)
+        self.class_embed: nn.Parameter = nn.Parameter(torch.randn(dim, dim) * dim**-0.5)
+        self.decoder_norm: nn.LayerNorm = nn.LayerNorm(dim)
+        self.mask_embed: _MaskEmbed = _MaskEmbed(dim)
+        self.transformer_self_attention_layers: nn.ModuleList = nn.ModuleList(
             _SelfAttention(config) for _ in range(depth)
         )
-        self.transformer_cross_attention_layers = nn.ModuleList(
+        self.transformer_cross_attention_layers: nn.ModuleList = nn.ModuleList(
             _CrossAttention(config) for _ in range(depth)
         )
-        self.transformer_ffn_layers = nn.ModuleList(_FeedForward(config) for _ in range(depth))
-        self.lang_encoder = _Language(config)
+        self.transformer_ffn_layers: nn.ModuleList = nn.ModuleList(
+            _FeedForward(config) for _ in range(depth)
+        )
+        self.lang_encoder: _Language = _Language(config)
 
     def forward(
         self, pyramid: list[Tensor], mask_features: Tensor, tokens: Tensor | None
@@ -539,9 +543,11 @@ class _Predictor(nn.Module):
 class _Language(nn.Module):
     def __init__(self, config: SEEMConfig) -> None:
         super().__init__()
-        self.lang_encoder = _TextEncoder(config)
-        self.lang_proj = nn.Parameter(torch.randn(config.dim, config.dim) * config.dim**-0.5)
-        self.logit_scale = nn.Parameter(torch.ones(()))
+        self.lang_encoder: _TextEncoder = _TextEncoder(config)
+        self.lang_proj: nn.Parameter = nn.Parameter(
+            torch.randn(config.dim, config.dim) * config.dim**-0.5
+        )
+        self.logit_scale: nn.Parameter = nn.Parameter(torch.ones(()))
 
     def forward(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Every token ``(T, L, dim)``, and each text at its end token ``(T, dim)``."""
@@ -562,12 +568,14 @@ class _TextEncoder(nn.Module):
 
     def __init__(self, config: SEEMConfig) -> None:
         super().__init__()
-        self.positional_embedding = nn.Parameter(
+        self.positional_embedding: nn.Parameter = nn.Parameter(
             torch.randn(config.text_context, config.dim) * 0.01
         )
-        self.token_embedding = nn.Embedding(config.text_vocabulary, config.dim)
-        self.resblocks = nn.ModuleList(_TextBlock(config) for _ in range(config.text_layers))
-        self.ln_final = _TextNorm(config.dim)
+        self.token_embedding: nn.Embedding = nn.Embedding(config.text_vocabulary, config.dim)
+        self.resblocks: nn.ModuleList = nn.ModuleList(
+            _TextBlock(config) for _ in range(config.text_layers)
+        )
+        self.ln_final: _TextNorm = _TextNorm(config.dim)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         length = token_ids.shape[1]
@@ -581,10 +589,10 @@ class _TextEncoder(nn.Module):
 class _TextBlock(nn.Module):
     def __init__(self, config: SEEMConfig) -> None:
         super().__init__()
-        self.attn = _Attention(config.dim, config.text_heads)
-        self.ln_1 = _TextNorm(config.dim)
-        self.mlp = _TextMLP(config.dim)
-        self.ln_2 = _TextNorm(config.dim)
+        self.attn: _Attention = _Attention(config.dim, config.text_heads)
+        self.ln_1: _TextNorm = _TextNorm(config.dim)
+        self.mlp: _TextMLP = _TextMLP(config.dim)
+        self.ln_2: _TextNorm = _TextNorm(config.dim)
 
     def forward(self, x: Tensor, causal: Tensor) -> Tensor:
         y = self.ln_1(x)
@@ -608,8 +616,8 @@ class _TextNorm(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
+        self.weight: nn.Parameter = nn.Parameter(torch.ones(dim))
+        self.bias: nn.Parameter = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
