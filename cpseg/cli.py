@@ -76,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CpsegError as error:
         print(f"cpseg: {error}", file=sys.stderr)
         return 1
-    except OSError as error:
-        print(f"cpseg: {error.filename}: {error.strerror}", file=sys.stderr)
+    except (OSError, UnicodeError) as error:
+        print(f"cpseg: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("cpseg: interrupted", file=sys.stderr)

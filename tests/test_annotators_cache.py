@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -209,6 +209,7 @@ def lac_filter(thresholds: Tensor, background: int) -> Any:
     seed=st.integers(0, 99),
     thresholds=st.lists(st.floats(0.3, 1.0), min_size=CLASSES, max_size=CLASSES),
 )
+@example(best=1, seed=0, thresholds=[0.5, 1.0, 0.5, 0.5, 0.9375, 0.5])
 def test_a_label_of_the_compact_form_is_that_of_the_full_one_or_abstains(
     tmp_path_factory: pytest.TempPathFactory, best: int, seed: int, thresholds: list[float]
 ) -> None:

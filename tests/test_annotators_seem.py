@@ -23,6 +23,7 @@ from cpseg.annotators.seem import (
     SEEMAnnotator,
     SEEMConfig,
     UpstreamSEEMAnnotator,
+    clip_tokenizer,
     load_checkpoint,
     load_state,
 )
@@ -541,3 +542,12 @@ def test_config_refuses_what_cannot_be_built() -> None:
     with pytest.raises(InputError, match="block must be"):
         SEEMConfig(block="davit")  # type: ignore[arg-type]
     assert all(a < b for a, b in pairwise((SEEMConfig().embed_dim, SEEMConfig.focal_l().embed_dim)))
+
+
+def test_a_tokenizer_without_a_vocabulary_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises((FileError, OSError), match="vocab"):
+        clip_tokenizer(tmp_path)

@@ -176,9 +176,9 @@ class CachedAnnotator:
     ) -> FilteredAgain:
         """Pseudo-labels of a compact cache, abstaining where it does not hold enough.
 
-        A pixel is settled if the filter's answer is a stored class other than the background, or
-        if no class that is not stored changes the answer when it gets all it can have: what the
-        stored ones leave, and no more than the least of them. The rest abstain and are counted.
+        A pixel is settled if no class that is not stored changes the answer when it gets all it
+        can have, what the stored ones leave and less than the least of them, and the answer is
+        stored or the only class that is not. The rest abstain and are counted.
 
         Guarantee:
             For scores that look at a class's own probability only (LAC) and filters that take
@@ -360,28 +360,24 @@ def _unsettled(
     """Where a class that is not stored could change the answer. bool ``(*S)``."""
     assert stored.classes is not None  # noqa: S101  (a compact form)
     held = torch.zeros(logits.shape, dtype=torch.bool).scatter_(0, stored.classes, value=True)
-    doubtful = ~(held.gather(0, answer.long().clamp(max=len(held) - 1)[None])[0])
-    doubtful |= answer == _ABSTAINS
-    if background is not None:
-        doubtful |= answer == background
-    columns, known = logits[:, doubtful], stored.log_probabilities()[:, doubtful]
-    absent = ~held[:, doubtful]  # (C, N)
+    columns, known = logits.flatten(1), stored.log_probabilities().flatten(1)
+    absent = ~held.flatten(1)  # (C, N)
     rest = _rest(known)[0]
     foreground = known if background is None else known[1:]  # the background is stored first
     least = foreground[-1].exp() if len(foreground) else torch.ones_like(rest)
-    most = torch.minimum(rest, least)
+    most = torch.minimum(rest, least * (1 - 2**-20))  # a tie would be with a stored class
     others = (rest - most).clamp(min=1e-30) / max(1, len(absent) - len(known) - 1)
-    before = answer[doubtful]
-    changed = torch.zeros_like(before, dtype=torch.bool)
+    before = answer.flatten()
+    # An answer that is not stored stands only if its share is known: if it is the only such class.
+    index = before.long().clamp(max=len(held) - 1)[None]
+    changed = (before != _ABSTAINS) & absent.gather(0, index)[0] & (absent.sum(0) > 1)
     for c in range(len(absent)):
         where = absent[c] & ~changed
         if bool(where.any()):
             trial = torch.where(absent, others.log(), columns)
             trial[c] = torch.where(absent[c], most.log(), trial[c])
             changed |= where & (mask_filter(trial[None])[0] != before)
-    result = torch.zeros_like(doubtful)
-    result[doubtful] = changed
-    return result
+    return changed.view(answer.shape)
 
 
 def _read_note(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cpseg.annotators.seem.model import SEEM
-from cpseg.errors import InputError, MissingExtraError
+from cpseg.errors import FileError, InputError, MissingExtraError
 
 __all__ = ["SEEM_TEMPLATES", "ClassNames", "Tokenizer", "class_prompts", "clip_tokenizer", "embed"]
 
@@ -111,6 +111,12 @@ def clip_tokenizer(source: str | Path) -> Tokenizer:
             "of your own, a function from texts to token ids (T, L)"
         ) from error
     tokenizer: Any = CLIPTokenizer.from_pretrained(str(source))
+    # transformers 5 answers with an empty vocabulary where it finds no file
+    if "a</w>" not in tokenizer.get_vocab():
+        raise FileError(
+            f"{source} must be a hub name that can be reached, or a folder with CLIP's vocab.json "
+            "and merges.txt; no vocabulary was found there"
+        )
 
     def tokenize(texts: list[str]) -> Tensor:
         encoded = tokenizer(
