@@ -128,7 +128,8 @@ class AnyCalibrator:
             self._open.update(ids or ())
             return self
         _checks.check_ignore_index(self.ignore_index, classes)
-        with torch.no_grad():
+        # State made inside a caller's inference mode could not be added to outside it.
+        with torch.inference_mode(mode=False), torch.no_grad():
             flat = labels.long().reshape(batch, -1)
             labelled = flat != self.ignore_index
             known = labelled & (flat >= 0) & (flat < classes)
@@ -194,7 +195,8 @@ class AnyCalibrator:
             tail = self._tail_alpha
             mass = UNIT_MASS if self.unit == "image" else 1
             limit = None if tail is None else budget(tail, self._most_units, mass)
-            self._faults, self._checksum = self._faults.to(device), self._checksum.to(device)
+            self._faults = self._faults.to(device, copy=True)
+            self._checksum = self._checksum.to(device, copy=True)
             self._max_share = torch.zeros(classes, dtype=torch.float64, device=device)
             own = self._empty(rows, limit, device)
             self._seen = own, own if rows == 1 else self._empty(1, None, device)

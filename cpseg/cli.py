@@ -143,7 +143,8 @@ def _annotated(
     for index in _progress(len(shapes), task):
         _, label = shapes[index]
         labels = label[None]
-        yield annotator(labels, seeds=[shapes.seed * len(shapes) + index]), labels
+        # Of the data set and the image: two data sets share no image's errors.
+        yield annotator(labels, seeds=[shapes.seed << 32 | index]), labels
 
 
 def _print_coverage(

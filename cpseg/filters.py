@@ -111,7 +111,7 @@ class AreaGuard:
     def flooding(self, labels: Tensor, max_share: Tensor) -> Tensor:
         """Which class floods which image. Labels ``(B, *S)`` to bool ``(B, C)``."""
         batch, classes = labels.shape[0], len(max_share)
-        flat = labels.long().reshape(batch, -1)
+        flat = labels.long().reshape(batch, prod(labels.shape[1:]))
         known = (flat >= 0) & (flat < classes)
         pixels = torch.zeros((batch, classes + 1), dtype=torch.int64, device=labels.device)
         pixels.scatter_add_(1, torch.where(known, flat, classes), torch.ones_like(flat))

@@ -786,3 +786,16 @@ def test_shares_are_of_all_pixels_so_that_a_nearly_void_image_makes_nothing_plau
     logits = torch.zeros(2, 3, 4, 5)
     calibration = ClassConditionalCalibrator(3).update(logits, labels).compute(0.1)
     assert calibration.max_share.tolist() == [0.0, 0.5, 0.05]
+
+
+@contract
+def test_inference_mode_changes_nothing(kind: str, how: dict[str, Any]) -> None:
+    logits, labels = data(6)
+    with torch.inference_mode():
+        inside = see(KINDS[kind](**how), logits[:3].clone(), labels[:3].clone())
+    see(inside, logits[3:], labels[3:])
+    outside = see(KINDS[kind](**how), logits, labels)
+    expected = outside.state_dict()
+    for name, value in inside.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, expected[name]), name

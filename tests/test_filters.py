@@ -765,3 +765,8 @@ def test_each_class_refuses_what_are_no_sets() -> None:
         each_class(partial(dilate, radius=1), torch.zeros(2, 3, 4))
     with pytest.raises(InputError, match="a spatial axis"):
         each_class(partial(dilate, radius=1), torch.zeros(2, 3, dtype=torch.bool))
+
+
+def test_a_guard_takes_an_empty_batch() -> None:
+    guarded = Argmax(calibrated([0.5], max_share=[0.0] * 3), guard=AreaGuard(action="abstain"))
+    assert guarded(torch.zeros(0, 3, 4, 5)).shape == (0, 4, 5)
