@@ -79,6 +79,7 @@ class AnyCalibrator:
     _anonymous: int  # units without an id, closed at once
     _open: set[int]
     _closed: set[int]
+    _torn: bool  # an update was interrupted while it was adding
     _most_units: int = MAX_UNITS
     _tail_alpha: float | None = None
     _clustered: bool = False
@@ -140,7 +141,8 @@ class AnyCalibrator:
                     f"score.of_labels must give floats of shape {_checks.describe(labels.shape)}; "
                     f"got {raw.dtype} {_checks.describe(raw.shape)}"
                 )
-            # From here on nothing is refused: a batch counts as a whole, or not at all.
+            # From here on nothing is refused. If it is interrupted, nothing is computed from half.
+            self._torn = True
             own, pooled = self._evidence(classes, logits.device)
             self._open.update(ids or ())
             home = own.num_units.device  # where the first batch was, or the state loaded
@@ -161,10 +163,12 @@ class AnyCalibrator:
             bits = scores.view(torch.int32).long() * (2 * flat + 1)
             self._checksum += torch.stack((valid.sum(), (bits * valid).sum()))
         self._anonymous += batch if ids is None else 0
+        self._torn = False
         return self
 
     def _admit(self, unit_ids: Sequence[int] | Tensor | None, batch: int) -> list[int] | None:
         """The ids of a batch, checked before anything is changed."""
+        self._refuse_half()
         if unit_ids is None:
             self._limit(self._anonymous + batch + len(self._open) + len(self._closed))
             return None
@@ -181,6 +185,13 @@ class AnyCalibrator:
             )
         self._limit(self._anonymous + len(self._open.union(ids)) + len(self._closed))
         return ids
+
+    def _refuse_half(self) -> None:
+        if self._torn:
+            raise StateError(
+                "an update was interrupted, and half of its batch may be counted; "
+                "start again from a new calibrator, or from a state saved before"
+            )
 
     def _limit(self, units: int) -> None:
         bounded = self.unit == "image" or self._tail_alpha is not None
@@ -289,10 +300,12 @@ class AnyCalibrator:
         self._anonymous = 0
         self._open = set()
         self._closed = set()
+        self._torn = False
         return self
 
     def state_dict(self) -> dict[str, object]:
         """Everything, as tensors, numbers and strings: ``torch.save`` it, load ``weights_only``."""
+        self._refuse_half()
         state: dict[str, object] = {
             "kind": type(self).__name__,
             "version": _STATE_VERSION,
@@ -388,6 +401,7 @@ class AnyCalibrator:
         Raises:
             InputError: If bad values were seen, with their counts.
         """
+        self._refuse_half()
         counts = self._faults.tolist()
         if any(counts):
             told = [

@@ -799,3 +799,28 @@ def test_inference_mode_changes_nothing(kind: str, how: dict[str, Any]) -> None:
     for name, value in inside.state_dict().items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, expected[name]), name
+
+
+@contract
+def test_an_interrupted_update_is_not_half_counted_in_silence(
+    kind: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, labels = data(5)
+    calibrator = see(KINDS[kind](**how), logits, labels)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(calibrator), "_note_shares", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            see(calibrator, logits, labels)
+    for use in (
+        lambda: calibrator.compute(0.3),
+        calibrator.state_dict,
+        lambda: see(calibrator, logits, labels),
+        lambda: merge_all([calibrator]),
+    ):
+        with pytest.raises(StateError, match="an update was interrupted"):
+            use()
+    see(calibrator.reset(), logits, labels).compute(0.3)
