@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
-from cpseg.accumulate import Evidence, Exact, Histogram, upward
+from cpseg.accumulate import Evidence, Exact, Histogram, _counts, upward
 from cpseg.calibration import Calibration, describe_score, score_from_description
 from cpseg.errors import InputError, StateError
 from cpseg.protocols import Score
@@ -226,10 +226,9 @@ class AnyCalibrator:
         batch = labels.shape[0]
         entry = torch.arange(batch, device=labels.device)[:, None] * classes
         index = torch.where(valid, labels + entry, batch * classes)
-        pixels = index.new_zeros(batch * classes + 1)
-        pixels = pixels.index_add(0, index.flatten(), torch.ones_like(index).flatten())
+        pixels = _counts(index, batch * classes)
         # Of all its pixels, void ones too: a nearly void image must not make a share of 1 plausible.
-        share = pixels[:-1].view(batch, classes).double() / labels.shape[1]
+        share = pixels.view(batch, classes).double() / labels.shape[1]
         self._max_share = self._max_share.maximum(share.amax(0))
 
     # --- the accumulator's algebra ---

@@ -127,15 +127,12 @@ class APS:
         odds, total = _softmax(x)
         order, _ = _order(x)
         cumulative = _cumulative(odds, order)
-        return _adaptive(cumulative, odds, total, self._draw(position, odds))
+        return _adaptive(cumulative, odds, total, _draws(self, position, odds))
 
     def _label(self, x: Tensor, position: Tensor, labels: Tensor) -> Tensor:
         odds, total = _softmax(x)
         cumulative = (odds * _at_least(x, labels)).sum(0)
-        return _adaptive(cumulative, _at(odds, labels), total, self._draw(position, odds))
-
-    def _draw(self, position: Tensor, like: Tensor) -> Tensor | None:
-        return uniform(self.seed, position).to(like.dtype) if self.randomized else None
+        return _adaptive(cumulative, _at(odds, labels), total, _draws(self, position, odds))
 
 
 @final
@@ -193,20 +190,17 @@ class RAPS:
         odds, total = _softmax(x)
         order, rank = _order(x)
         cumulative = _cumulative(odds, order)
-        return _adaptive(cumulative, odds, total, self._draw(position, odds)) + self._cost(rank)
+        return _adaptive(cumulative, odds, total, _draws(self, position, odds)) + self._cost(rank)
 
     def _label(self, x: Tensor, position: Tensor, labels: Tensor) -> Tensor:
         odds, total = _softmax(x)
         ahead = _at_least(x, labels)
         own, cumulative = _at(odds, labels), (odds * ahead).sum(0)
-        score = _adaptive(cumulative, own, total, self._draw(position, odds))
+        score = _adaptive(cumulative, own, total, _draws(self, position, odds))
         return score + self._cost(ahead.sum(0))
 
     def _cost(self, rank: Tensor) -> Tensor:
         return self.penalty * (rank - self.k_reg).clamp(min=0)
-
-    def _draw(self, position: Tensor, like: Tensor) -> Tensor | None:
-        return uniform(self.seed, position).to(like.dtype) if self.randomized else None
 
 
 @final
@@ -506,6 +500,10 @@ def _order(x: Tensor) -> tuple[Tensor, Tensor]:
 def _cumulative(odds: Tensor, order: Tensor) -> Tensor:
     """Odds of the classes that rank no later than each class. ``(C, N)``."""
     return torch.empty_like(odds).scatter(0, order, odds.gather(0, order).cumsum(0))
+
+
+def _draws(score: APS | RAPS, position: Tensor, like: Tensor) -> Tensor | None:
+    return uniform(score.seed, position).to(like.dtype) if score.randomized else None
 
 
 def _adaptive(cumulative: Tensor, own: Tensor, total: Tensor, draw: Tensor | None) -> Tensor:
