@@ -17,13 +17,32 @@ from torch import Tensor
 
 from cpseg import _checks
 from cpseg.accumulate import Evidence, Exact, Histogram, _counts, upward
-from cpseg.calibration import Calibration, describe_score, score_from_description
-from cpseg.errors import InputError, StateError
+from cpseg.calibration import Calibration, call_of, describe_score, score_from_description
+from cpseg.errors import CpsegError, InputError, StateError
 from cpseg.protocols import Score
-from cpseg.quantile import MAX_UNITS, UNIT_MASS, budget
+from cpseg.quantile import MAX_UNITS, UNIT_MASS, Level, budget, level
 
 Unit = Literal["image", "pixel"]
 Store = Literal["histogram", "exact"]
+Shared = tuple[Score, Unit, Store, int, str | None]  # score, unit, store, ignore_index, source
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What something fitted remembers of the calibrator it was fitted on.
+
+    Attributes:
+        data: Fingerprint of what that calibrator had seen.
+        score: Its score, as text.
+        unit: What it counted, ``"image"`` or ``"pixel"``.
+        axes: What its thresholds belong to.
+    """
+
+    data: str
+    score: str
+    unit: str
+    axes: tuple[str, ...]
 
 
 class Fallback(Protocol):
@@ -33,11 +52,11 @@ class Fallback(Protocol):
     """
 
     @property
-    def fitted_on(self) -> str:
-        """Fingerprint of the calibrator it was fitted on."""
+    def fitted_on(self) -> Origin:
+        """The ``origin`` of the calibrator it was fitted on."""
         ...
 
-    def thresholds(self, own: Evidence, pooled: Evidence, alphas: Sequence[float], /) -> Tensor:
+    def thresholds(self, own: Evidence, pooled: Evidence, alphas: Sequence[Level], /) -> Tensor:
         """One threshold per group, used where the group's own is ``+inf``. float32 ``(R,)``."""
         ...
 
@@ -49,16 +68,24 @@ class LocationClusters:
 
     Attributes:
         map: Cluster of each location, int64 from 0. Shape ``(*S)``.
-        fitted_on: Fingerprint of the calibrator they were fitted on; None if on no data.
+        fitted_on: What they were fitted on; None if on no data.
+
+    Raises:
+        InputError: If the map is no integer tensor, is empty or holds a negative number.
     """
 
     map: Tensor
-    fitted_on: str | None = None
+    fitted_on: Origin | None = None
 
     def __post_init__(self) -> None:
         _checks.check_integers("map", self.map)
         if self.map.numel() == 0 or int(self.map.min()) < 0:
             raise InputError("map must hold clusters from 0, at least one")
+
+    def __repr__(self) -> str:
+        """One line, without the map."""
+        shape = _checks.describe(self.map.shape)
+        return f"LocationClusters({int(self.map.max()) + 1} clusters of {shape} locations)"
 
 
 class AnyCalibrator:
@@ -86,23 +113,23 @@ class AnyCalibrator:
 
     def __init__(
         self,
-        *,
         axes: tuple[str, ...],
         rows: tuple[int, ...],
-        score: Score,
-        unit: Unit,
-        store: Store,
-        ignore_index: int,
-        source: str | None,
+        shared: Shared,
         num_classes: int | None = None,
     ) -> None:
+        score, unit, store, ignore_index, source = shared
         if unit not in ("image", "pixel"):
             raise InputError(f'unit must be "image" or "pixel"; got {unit!r}')
         if store not in ("histogram", "exact"):
             raise InputError(f'store must be "histogram" or "exact"; got {store!r}')
         if num_classes is not None:
-            _checks.check_integer("num_classes", num_classes, 1)
+            num_classes = _checks.check_integer("num_classes", num_classes, 1)
+        ignore_index = _checks.check_integer("ignore_index", ignore_index)
         _checks.check_ignore_index(ignore_index, num_classes)
+        if source is not None and not isinstance(cast("object", source), str):
+            raise InputError(f"source must be text or None; got {_checks.kind_of(source)}")
+        describe_score(score)  # refuses one that no state, file or merge could tell from another
         if store == "histogram" and score.range(num_classes or 2) is None:
             raise InputError(
                 f'store must be "exact" for a score without a range; got "histogram" with {score!r}'
@@ -146,7 +173,8 @@ class AnyCalibrator:
             own, pooled = self._evidence(classes, logits.device)
             self._open.update(ids or ())
             home = own.num_units.device  # where the first batch was, or the state loaded
-            scores, rows = upward(raw).view(batch, -1).to(home), rows.to(home)
+            single = upward(raw)
+            scores, rows = single.view(batch, -1).to(home), rows.to(home)
             flat, labelled, known = flat.to(home), labelled.to(home), known.to(home)
             usable = known & ~scores.isnan()
             fits = usable & own.store.fits(scores)
@@ -159,9 +187,8 @@ class AnyCalibrator:
             if pooled is not own:
                 pooled.add(scores, torch.zeros_like(row), valid, ids)
             self._note_shares(flat, valid, classes)
-            # Order-free: the wrapped sum of a product of the score's bits and the label.
-            bits = scores.view(torch.int32).long() * (2 * flat + 1)
-            self._checksum += torch.stack((valid.sum(), (bits * valid).sum()))
+            marks = _marks(logits, wanted, single).view(batch, -1).to(home)
+            self._checksum += torch.stack((valid.sum(), (marks * valid).sum()))
         self._anonymous += batch if ids is None else 0
         self._torn = False
         return self
@@ -243,6 +270,7 @@ class AnyCalibrator:
             The calibrator itself.
 
         Raises:
+            InputError: If the ids are no integers.
             StateError: If an id is not open.
         """
         closing = _ids("ids", ids)
@@ -267,15 +295,19 @@ class AnyCalibrator:
 
         Raises:
             InputError: If the two were made with different arguments or saw other classes.
-            StateError: If a unit closed in one is known to the other.
+            StateError: If a unit closed in one is known to the other, there are too many units
+                together, or an update of either was interrupted.
         """
         if type(other) is not type(self):
             raise InputError(f"other must be a {type(self).__name__}; got {type(other).__name__}")
+        self._refuse_half()
         mine, theirs = self._config(), other._config()
         for name in mine:
             if mine[name] != theirs[name]:
+                wanted, given = self._told(name), other._told(name)
                 raise InputError(
-                    f"other must have {name} = {mine[name]!r} to be merged; got {theirs[name]!r}"
+                    f"other must have {name} = {wanted} to be merged; got "
+                    + (given if given != wanted else "another one")
                 )
         seen = (self.num_classes, other.num_classes)
         if self._seen is not None and other._seen is not None and seen[0] != seen[1]:
@@ -303,7 +335,11 @@ class AnyCalibrator:
         return self
 
     def state_dict(self) -> dict[str, object]:
-        """Everything, as tensors, numbers and strings: ``torch.save`` it, load ``weights_only``."""
+        """Everything, as tensors, numbers and strings: ``torch.save`` it, load ``weights_only``.
+
+        Raises:
+            StateError: If an update was interrupted.
+        """
         self._refuse_half()
         state: dict[str, object] = {
             "kind": type(self).__name__,
@@ -333,25 +369,35 @@ class AnyCalibrator:
             A new calibrator, on the device of the state's tensors.
 
         Raises:
-            InputError: If the state is another class's or version's, or the score is missing.
+            InputError: If the state is another class's or version's or is not whole, or the
+                score is missing or another one.
         """
+        if not isinstance(cast("object", state), Mapping):
+            raise InputError(f"state must be a mapping; got {_checks.kind_of(state)}")
         if state.get("kind") != cls.__name__ or state.get("version") != _STATE_VERSION:
             raise InputError(
                 f"state must be version {_STATE_VERSION} of a {cls.__name__}; "
                 f"got version {state.get('version')} of {state.get('kind')}"
             )
-        config = json.loads(cast("str", state["config"]))
-        return cls._from_config(config, score)._absorb(state)
+        _check_state(state)
+        try:
+            return cls._from_config(json.loads(str(state["config"])), score)._absorb(state)
+        except CpsegError:
+            raise
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            told = str(error).splitlines()[0]
+            raise InputError(
+                f"state must be what state_dict returned; got one that does not fit: {told}"
+            ) from error
 
     def _absorb(self, state: Mapping[str, object]) -> Self:
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         parts = {name: _under(name, tensors) for name in _PARTS}
         if parts["own"]:
             classes = cast("int", state["num_classes"])
-            evidence = self._evidence(classes, tensors["max_share"].device)
-            for part, name in zip(evidence, _PARTS, strict=True):
-                if parts[name]:
-                    part.absorb(parts[name])
+            self._evidence(classes, tensors["max_share"].device)
+            for part, name in zip(self._both(), _PARTS, strict=False):
+                part.absorb(parts[name])
             self._max_share = self._max_share.maximum(
                 tensors["max_share"].to(self._max_share.device)
             )
@@ -376,6 +422,18 @@ class AnyCalibrator:
         """The constructor's arguments, as plain data."""
         return {**self._arguments(), "score": describe_score(self.score)}
 
+    def _told(self, name: str) -> str:
+        """One argument, for a message."""
+        return repr(self._arguments()[name])
+
+    def __repr__(self) -> str:
+        """One line: how it was made, and how much it has seen."""
+        made = ", ".join(f"{name}={self._told(name)}" for name in self._arguments())
+        seen = self._anonymous + len(self._open) + len(self._closed)
+        noun = "units" if self.unit == "image" else "images, whose pixels are the units"
+        still = f", {len(self._open)} of them open" if self._open else ""
+        return f"{type(self).__name__}({made}): {seen} {noun} seen{still}"
+
     @classmethod
     def _from_config(cls, config: dict[str, Any], score: Score | None) -> Self:
         arguments: dict[str, Any] = dict(config)
@@ -388,9 +446,19 @@ class AnyCalibrator:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the data seen, whatever the groups: what fitted objects remember of theirs."""
+        """Identifies the data seen with this score, whatever unit and groups.
+
+        A checksum over labelled pixels, of each one's label, that class's logit and its score.
+        The very same data gives the same one, in any order; data that overlap do not.
+        """
         pixels, bits = self._checksum.tolist()
         return f"{pixels:x}-{bits & (2**64 - 1):016x}"
+
+    @property
+    def origin(self) -> Origin:
+        """What something fitted on this calibrator remembers of it."""
+        score = call_of(describe_score(self.score))
+        return Origin(self.fingerprint, score, self.unit, self.axes)
 
     # --- the result ---
 
@@ -399,6 +467,7 @@ class AnyCalibrator:
 
         Raises:
             InputError: If bad values were seen, with their counts.
+            StateError: If an update was interrupted.
         """
         self._refuse_half()
         counts = self._faults.tolist()
@@ -420,14 +489,14 @@ class AnyCalibrator:
 
     def compute(
         self,
-        alpha: float | Sequence[float],
+        alpha: Level | Sequence[Level],
         fallback: Literal["pooled"] | Fallback | None = None,
     ) -> Calibration:
         """Thresholds for a level, any number of times, in any order; the state stays as it is.
 
         Args:
-            alpha: Level strictly between 0 and 1, read as the decimal it prints as; one for all,
-                or one per class where there is a class axis.
+            alpha: Level strictly between 0 and 1, a float read as the decimal it prints as, or
+                a fraction; one for all, or one per class where there is a class axis.
             fallback: What to do where too few units have a group for a finite threshold. None:
                 ``+inf``, so that the group's classes stay in every set and the promise holds.
                 ``"pooled"``: the threshold of all groups together. An object of
@@ -438,7 +507,9 @@ class AnyCalibrator:
             The frozen calibration.
 
         Raises:
-            InputError: If alpha or fallback does not fit, or bad values were seen.
+            InputError: If alpha or fallback does not fit, the fallback was fitted with another
+                score or unit, for other axes or on this very data, or bad values were seen.
+            StateError: If an update was interrupted.
         """
         alphas = self._alphas(alpha)
         own, pooled = self.evidence()
@@ -456,7 +527,9 @@ class AnyCalibrator:
         return Calibration(
             thresholds=self._lay_out(thresholds),
             axes=self.axes,
-            alpha=float(alpha) if isinstance(alpha, (int, float)) else tuple(map(float, alpha)),
+            alpha=tuple(float(level(value)) for value in alpha)
+            if isinstance(alpha, Sequence)
+            else float(level(alpha)),
             score=self.score,
             unit=self.unit,
             num_classes=self.num_classes,
@@ -470,14 +543,14 @@ class AnyCalibrator:
             clustered=self._clustered,
         )
 
-    def _alphas(self, alpha: float | Sequence[float]) -> list[float]:
+    def _alphas(self, alpha: Level | Sequence[Level]) -> list[Level]:
         """One level per row."""
         rows = prod(self._shape)
-        if isinstance(alpha, (int, float)):
+        if not isinstance(alpha, Sequence) and _checks.is_number(alpha):
             _checks.check_alpha(alpha)
             return [alpha] * rows
         _checks.check_alphas(alpha)
-        levels = list(alpha)
+        levels = list(cast("Sequence[Level]", alpha))
         wanted = self._shape[-1] if self.axes[-1:] == ("class",) else None
         if wanted is None:
             raise InputError("alpha must be one number where thresholds have no class axis")
@@ -492,19 +565,18 @@ class AnyCalibrator:
         fallback: Literal["pooled"] | Fallback,
         own: Evidence,
         pooled: Evidence,
-        alphas: list[float],
+        alphas: list[Level],
     ) -> Tensor:
-        if isinstance(fallback, str):
-            if fallback != "pooled":
-                raise InputError(
-                    f'fallback must be None, "pooled" or a fitted object; got {fallback!r}'
-                )
-            known = {alpha: float(pooled.quantiles([alpha])[0]) for alpha in set(alphas)}
-            return torch.tensor([known[alpha] for alpha in alphas], device=own.num_units.device)
-        if fallback.fitted_on == self.fingerprint:
+        if isinstance(fallback, str) and fallback == "pooled":
+            known = {alpha: pooled.quantiles([alpha])[0] for alpha in set(alphas)}
+            return torch.stack([known[alpha] for alpha in alphas])
+        fitted = None if isinstance(fallback, type) else getattr(fallback, "fitted_on", None)
+        if isinstance(fallback, str) or not isinstance(fitted, Origin):
+            told = repr(fallback) if isinstance(fallback, str) else _checks.kind_of(fallback)
             raise InputError(
-                "fallback must be fitted on a split of its own; got one fitted on this very data"
+                f'fallback must be None, "pooled" or an object that cpseg.tuning fitted; got {told}'
             )
+        check_origin("fallback", fitted, self)
         return fallback.thresholds(own, pooled, alphas)
 
     def _lay_out(self, per_row: Tensor) -> Tensor:
@@ -522,6 +594,51 @@ _FAULTS = (
 )
 
 
+def check_origin(name: str, fitted_on: Origin, calibrator: AnyCalibrator) -> None:
+    """Refuse what was fitted in another way, or on the very data it would calibrate."""
+    origin = calibrator.origin
+    for part in ("score", "unit", "axes"):
+        wanted, given = getattr(origin, part), getattr(fitted_on, part)
+        if wanted != given:
+            raise InputError(
+                f"{name} must be fitted with {part} {wanted}, the calibrator's; got {given}"
+            )
+    if fitted_on.data == origin.data:
+        whose = "their" if name.endswith("s") else "its"
+        raise InputError(
+            f"{name} must be fitted on a split of {whose} own; got what was fitted on this very data"
+        )
+
+
+def _marks(logits: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
+    """A hash of each pixel's label, of that class's logit and of its score. int32."""
+    mark = labels.int() * 0x5BD1E995
+    own = logits.gather(1, labels[:, None])[:, 0].float()
+    for part, factor in ((own, 0x2C1B3C6D), (scores, 0x297A2D39)):
+        mark ^= part.view(torch.int32)
+        mark *= factor
+        mark ^= mark >> 15
+    return mark
+
+
+def _check_state(state: Mapping[str, object]) -> None:
+    """Refuse a state that lacks an entry, or holds one of another type."""
+    plain = {"config": (str,), "num_classes": (int, type(None)), "anonymous": (int,)}
+    for name in (*plain, "open", "closed", "faults", "max_share", "checksum"):
+        if name not in state:
+            raise InputError(f"state must hold {name!r}, as state_dict returned it; got none")
+        if name in plain and not isinstance(state[name], plain[name]):
+            raise InputError(f"state must hold plain {name!r}; got {_checks.kind_of(state[name])}")
+        if name not in plain and not isinstance(state[name], Tensor):
+            raise InputError(
+                f"state must hold {name!r} as a tensor; got {_checks.kind_of(state[name])}"
+            )
+    for name, value in state.items():
+        wanted = torch.float64 if name == "max_share" else torch.int64
+        if isinstance(value, Tensor) and value.dtype != wanted:
+            raise InputError(f"state must hold {name!r} as {wanted}; got {value.dtype}")
+
+
 def _ids(name: str, ids: Iterable[int] | Tensor) -> list[int]:
     """Unit ids as Python integers; a tensor must be on the CPU, so that nothing waits."""
     if isinstance(ids, Tensor):
@@ -532,9 +649,10 @@ def _ids(name: str, ids: Iterable[int] | Tensor) -> list[int]:
                 f"got {_checks.describe(ids.shape)} on {ids.device}"
             )
         return cast("list[int]", ids.tolist())
-    listed = list(ids)
+    if isinstance(ids, str | bytes) or not isinstance(cast("object", ids), Iterable):
+        raise InputError(f"{name} must be several integers, or a tensor of them; got {ids!r}")
+    listed = [_checks.check_integer(name, unit) for unit in ids]
     for unit in listed:
-        _checks.check_integer(name, unit)
         if not -(2**63) <= unit < 2**63:
             raise InputError(f"{name} must fit in int64; got {unit}")
     return listed
@@ -544,6 +662,8 @@ def check_batch(logits: Tensor, labels: Tensor, num_classes: int | None) -> None
     """Metadata of one batch."""
     _checks.check_logits(logits, num_classes)
     _checks.check_labels(labels, logits)
+    if logits.device.type == "meta":
+        raise InputError("logits must hold data; got a tensor on the device meta, which has none")
 
 
 def _under(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

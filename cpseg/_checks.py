@@ -4,9 +4,11 @@ Values are checked where they are used, without waiting for a device: see
 :class:`cpseg.calibrators.SplitCalibrator`.
 """
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from math import inf
-from typing import cast
+from numbers import Real
+from typing import SupportsFloat, SupportsIndex, cast
 
 import torch
 from torch import Tensor
@@ -22,10 +24,18 @@ def describe(shape: Sequence[int]) -> str:
     return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
 
 
+def kind_of(value: object) -> str:
+    """What a value of the wrong kind is, for a message."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
 def check_tensor(name: str, value: object) -> None:
-    """Refuse what is no tensor."""
+    """Refuse what is no tensor, or one that is no plain array."""
     if not isinstance(value, Tensor):
-        raise InputError(f"{name} must be a torch tensor; got {type(value).__name__}")
+        raise InputError(f"{name} must be a torch tensor; got {kind_of(value)}")
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise InputError(f"{name} must be a dense tensor; got {layout}")
 
 
 def check_logits(logits: Tensor, num_classes: int | None = None, name: str = "logits") -> None:
@@ -50,12 +60,19 @@ def check_integers(name: str, value: Tensor) -> None:
     """Refuse what is no integer tensor; bool is none."""
     check_tensor(name, value)
     if value.dtype not in INTEGERS:
-        raise InputError(f"{name} must be an integer tensor; got {value.dtype}")
+        wide = value.dtype in (torch.uint16, torch.uint32, torch.uint64)
+        remedy = ". torch can hardly compute with it: pass .long()" if wide else ""
+        raise InputError(f"{name} must be an integer tensor; got {value.dtype}{remedy}")
 
 
 def check_map(name: str, value: Tensor, shape: Sequence[int], beside: str) -> None:
     """An integer map of exactly ``shape``, said to go with ``beside``."""
     check_integers(name, value)
+    check_map_shape(name, value, shape, beside)
+
+
+def check_map_shape(name: str, value: Tensor, shape: Sequence[int], beside: str) -> None:
+    """A tensor of exactly ``shape``, said to go with ``beside``."""
     if tuple(value.shape) != tuple(shape):
         raise InputError(
             f"{name} must have shape {describe(shape)} to go with {beside}; "
@@ -90,18 +107,35 @@ def check_groups(groups: Tensor, logits: Tensor) -> None:
     check_device("groups", groups, logits, "logits")
 
 
-def check_integer(name: str, value: object, minimum: int | None = None) -> None:
-    """An integer, of at least ``minimum`` if given; bool is none."""
+def check_integer(name: str, value: object, minimum: int | None = None) -> int:
+    """An integer, numpy's too, of at least ``minimum`` if given; bool is none. As Python's int."""
     rule = "be an integer" if minimum is None else f"be an integer >= {minimum}"
-    if not isinstance(value, int) or isinstance(value, bool):
+    if isinstance(value, bool | Tensor) or not isinstance(value, SupportsIndex):
         raise InputError(f"{name} must {rule}; got {value!r}")
-    if minimum is not None and value < minimum:
-        raise InputError(f"{name} must {rule}; got {value}")
+    try:
+        number = operator.index(value)
+    except TypeError:  # an array of more than one
+        raise InputError(f"{name} must {rule}; got {kind_of(value)}") from None
+    if minimum is not None and number < minimum:
+        raise InputError(f"{name} must {rule}; got {number}")
+    return number
+
+
+def check_shape(name: str, value: object) -> tuple[int, ...]:
+    """Sizes of a grid, one integer >= 1 per spatial axis."""
+    if isinstance(value, str | Tensor) or not isinstance(value, Iterable):
+        raise InputError(f"{name} must hold one size per spatial axis, as (8, 8); got {value!r}")
+    return tuple(check_integer(name, size, 1) for size in cast("Iterable[object]", value))
+
+
+def is_number(value: object) -> bool:
+    """Whether this is a real number: Python's, numpy's or a fraction; bool and tensors are none."""
+    return not isinstance(value, bool) and isinstance(value, Real)
 
 
 def check_weight(name: str, value: object) -> None:
     """A finite number of at least zero."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < inf:
+    if not is_number(value) or not 0 <= float(cast("SupportsFloat", value)) < inf:
         raise InputError(f"{name} must be finite and >= 0; got {value!r}")
 
 
@@ -116,13 +150,30 @@ def check_ignore_index(ignore_index: int, num_classes: int | None) -> None:
 
 def check_alpha(alpha: object, name: str = "alpha") -> None:
     """A level strictly between 0 and 1."""
-    if not isinstance(alpha, (float, int)) or isinstance(alpha, bool) or not 0 < alpha < 1:
-        raise InputError(f"{name} must lie strictly between 0 and 1; got {alpha!r}")
+    if not is_number(alpha) or not 0 < float(cast("SupportsFloat", alpha)) < 1:
+        told = kind_of(alpha) if isinstance(alpha, type | Tensor) else repr(alpha)
+        raise InputError(f"{name} must lie strictly between 0 and 1; got {told}")
 
 
 def check_alphas(alpha: object) -> None:
     """A sequence of levels."""
-    if not isinstance(alpha, Sequence):
-        raise InputError(f"alpha must be one number or one per class; got {type(alpha).__name__}")
+    if not isinstance(alpha, Sequence) or isinstance(alpha, str | bytes):
+        told = repr(alpha) if isinstance(alpha, str | bytes) else kind_of(alpha)
+        raise InputError(f"alpha must be one number or one per class; got {told}")
     for value in cast("Sequence[object]", alpha):
         check_alpha(value)
+
+
+def check_score(score: object) -> None:
+    """A nonconformity score, with the parts that :class:`cpseg.protocols.Score` names."""
+    if isinstance(score, type):
+        raise InputError(
+            f"score must be an object; got the class {score.__name__}. Make one: {score.__name__}()"
+        )
+    parts = ("__call__", "of_labels", "range", "tolerance", "follows_logits")
+    missing = [part for part in parts if not hasattr(score, part)]
+    if missing:
+        raise InputError(
+            f"score must have all that cpseg.protocols.Score names; got {type(score).__name__} "
+            f"without {', '.join(missing)}"
+        )

@@ -4,19 +4,22 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
+from math import prod
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Self, cast, final
 
 import torch
 from torch import Tensor
 
+from cpseg import _checks
 from cpseg.errors import FileError, InputError
 from cpseg.protocols import Score
 from cpseg.quantile import level
 from cpseg.scores import APS, LAC, RAPS, SAPS, Margin, TopK
 
-__all__ = ["Calibration", "Control", "Guarantee", "describe_score", "score_from_description"]
+__all__ = ["Calibration", "Control", "Guarantee"]
 
 _FORMAT = "cpseg.calibration"
 _VERSION = 1
@@ -114,6 +117,9 @@ class Calibration:
             ``-inf`` where no label can be kept.
         clustered: Whether locations share thresholds in clusters; then what is promised holds on
             average over a cluster, not at each location.
+
+    Raises:
+        InputError: If shapes, dtypes, axes, classes and alpha do not fit each other.
     """
 
     thresholds: Tensor
@@ -131,6 +137,10 @@ class Calibration:
     source: str | None
     clustered: bool = False
     control: Control | None = None
+
+    def __post_init__(self) -> None:
+        _check_tensors(self)
+        _check_settings(self)
 
     def __repr__(self) -> str:
         """One line: what was asked for, and what came out."""
@@ -193,7 +203,15 @@ class Calibration:
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file that :meth:`load` reads back exactly. Atomic: all of it, or nothing."""
+        """Write a JSON file that :meth:`load` reads back exactly. Atomic: all of it, or nothing.
+
+        Args:
+            path: The file, in a folder that exists; an old one is replaced.
+
+        Raises:
+            OSError: If it cannot be written there.
+            InputError: If the score cannot be described in a file.
+        """
         content = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -218,6 +236,10 @@ class Calibration:
         try:
             partial.write_text(text, encoding="utf-8")
             partial.replace(target)
+        except OSError as error:  # of the file that was asked for, not of the one on the way there
+            if error.filename is not None:
+                error.filename, error.filename2 = str(path), None
+            raise
         finally:
             partial.unlink(missing_ok=True)
 
@@ -239,11 +261,15 @@ class Calibration:
         """
         content = _read(Path(path))
         try:
+            named = score_from_description(content["score"], score)
+        except (KeyError, TypeError) as error:
+            raise FileError(f"{path} is not a complete calibration: its score is none") from error
+        try:
             alpha = content["alpha"]
             return cls(
                 axes=tuple(content["axes"]),
                 alpha=tuple(alpha) if isinstance(alpha, list) else float(alpha),
-                score=score_from_description(content["score"], score),
+                score=named,
                 unit=content["unit"],
                 num_classes=content["num_classes"],
                 ignore_index=content["ignore_index"],
@@ -253,11 +279,16 @@ class Calibration:
                 **{name: _from_json(content[name], dtype) for name, dtype in _TENSORS.items()},
                 control=_control(content.get("control")),
             )
-        except InputError:
-            raise
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise FileError(f"{path} is not a complete calibration: {error}") from error
 
+
+_AXES: dict[tuple[str, ...], int] = {
+    (): 1,
+    ("class",): 1,
+    ("group",): 1,
+    ("group", "class"): 2,
+}  # of the thresholds
 
 _TENSORS = {
     "thresholds": torch.float32,
@@ -266,6 +297,58 @@ _TENSORS = {
     "fallback_groups": torch.bool,
     "max_share": torch.float64,
 }
+
+
+def _check_settings(calibration: Calibration) -> None:
+    """Refuse score, unit, classes and alpha that do not fit the thresholds."""
+    axes, shape = calibration.axes, tuple(calibration.thresholds.shape)
+    _checks.check_score(calibration.score)
+    if calibration.unit not in ("image", "pixel"):
+        raise InputError(f'unit must be "image" or "pixel"; got {calibration.unit!r}')
+    classes = calibration.num_classes
+    if classes is not None:
+        _checks.check_integer("num_classes", classes, 1)
+        if axes[-1:] == ("class",) and shape[-1] != classes:
+            raise InputError(
+                f"thresholds must have one per class, {classes}; got {_checks.describe(shape)}"
+            )
+        _checks.check_map_shape("max_share", calibration.max_share, (classes,), "num_classes")
+    _checks.check_ignore_index(calibration.ignore_index, classes)
+    alpha = calibration.alpha
+    if isinstance(alpha, tuple):
+        _checks.check_alphas(alpha)
+        if axes[-1:] != ("class",) or len(alpha) != shape[-1]:
+            raise InputError(
+                f"alpha must be one number, or one per class of axes {axes} and thresholds "
+                f"{_checks.describe(shape)}; got {len(alpha)}"
+            )
+    else:
+        _checks.check_alpha(alpha)
+
+
+def _check_tensors(calibration: Calibration) -> None:
+    """Refuse tensors that do not fit each other; reads no values."""
+    for name, dtype in _TENSORS.items():
+        value = getattr(calibration, name)
+        _checks.check_tensor(name, value)
+        if value.dtype != dtype:
+            raise InputError(f"{name} must be {dtype}; got {value.dtype}")
+    axes, shape = calibration.axes, tuple(calibration.thresholds.shape)
+    if axes not in {*_AXES, ("location",)}:
+        raise InputError(
+            'axes must be (), ("class",), ("group",), ("group", "class") or ("location",); '
+            f"got {axes!r}"
+        )
+    if (
+        prod(shape) == 0
+        or len(shape) != _AXES.get(axes, len(shape))
+        or (not axes and shape != (1,))
+    ):
+        raise InputError(
+            f"thresholds must have the axes {axes}, none empty; got shape {_checks.describe(shape)}"
+        )
+    for name in ("num_units", "num_pixels", "fallback_groups"):
+        _checks.check_map_shape(name, getattr(calibration, name), shape, "thresholds")
 
 
 def _control(entry: Mapping[str, Any] | None) -> Control | None:
@@ -282,31 +365,48 @@ def _control(entry: Mapping[str, Any] | None) -> Control | None:
 
 
 def describe_score(score: Score) -> dict[str, Any]:
-    """A score as plain data: its name, and its parameters if it is a dataclass.
+    """A score as plain data: its name, and its parameters if it is a dataclass, or its ``repr``.
 
     Raises:
-        InputError: If a parameter is not plain data (numbers, strings, lists, ...).
+        InputError: If it is no score, a parameter is not plain data (numbers, strings, lists,
+            ...), or nothing tells it from another of its class.
     """
+    _checks.check_score(score)
     kind = type(score)
     name = kind.__name__ if kind in _BUILT_IN.values() else f"{kind.__module__}.{kind.__qualname__}"
-    instance: Any = score
-    parameters: dict[str, Any] = {}
-    if is_dataclass(instance) and not isinstance(instance, type):
-        parameters = asdict(instance)
+    if not hasattr(kind, "__dataclass_fields__"):
+        if kind.__repr__ in _SAY_NOTHING or " at 0x" in repr(score):
+            raise InputError(
+                f"score must say what its parameters are; got {name} without a description. "
+                "Make the class a frozen dataclass, or give it a __repr__ that shows all of them"
+            )
+        return {"name": name, "parameters": {}, "repr": repr(score)}
     try:  # as they will be read back: tuples become lists
-        parameters = json.loads(json.dumps(parameters, allow_nan=False))
+        text = json.dumps(asdict(cast("Any", score)), allow_nan=False, default=_plain)
     except (TypeError, ValueError) as error:
         raise InputError(
             f"score must have parameters that JSON can hold to be saved; got {name}: {error}"
         ) from error
-    return {"name": name, "parameters": parameters}
+    return {"name": name, "parameters": json.loads(text)}
+
+
+# A module's text shows its layers, and not what they have learned.
+_SAY_NOTHING = (object.__repr__, torch.nn.Module.__repr__)
+
+
+def _plain(value: object) -> int | float:
+    """A number of numpy's as Python's."""
+    if not _checks.is_number(value):
+        raise TypeError(f"{_checks.kind_of(value)} is no plain data")
+    number: Any = value
+    return int(number) if isinstance(value, Integral) else float(number)
 
 
 def score_from_description(description: Mapping[str, Any], score: Score | None = None) -> Score:
     """The score that :func:`describe_score` described.
 
     Args:
-        description: Name and parameters.
+        description: What it returned.
         score: The score itself, if it is not one of cpseg's.
 
     Returns:
@@ -315,20 +415,23 @@ def score_from_description(description: Mapping[str, Any], score: Score | None =
     Raises:
         InputError: If ``score`` is needed and missing, or is another one.
     """
-    name, parameters = description["name"], description["parameters"]
+    name = description["name"]
     if score is not None:
         given = describe_score(score)
-        if given != {"name": name, "parameters": parameters}:
+        if given != dict(description):
             raise InputError(
-                f"score must be {_call(description)}, which made this; got {_call(given)}"
+                f"score must be {call_of(description)}, which made this; got {call_of(given)}"
             )
         return score
     if name not in _BUILT_IN:
-        raise InputError(f"score must be given: this was made with {_call(description)}")
-    return cast("Score", _BUILT_IN[name](**parameters))
+        raise InputError(f"score must be given: this was made with {call_of(description)}")
+    return cast("Score", _BUILT_IN[name](**description["parameters"]))
 
 
-def _call(description: Mapping[str, Any]) -> str:
+def call_of(description: Mapping[str, Any]) -> str:
+    """The score that :func:`describe_score` described, as one would write it."""
+    if "repr" in description:
+        return f"{description['name']}: {description['repr']}"
     arguments = ", ".join(f"{key}={value!r}" for key, value in description["parameters"].items())
     return f"{description['name']}({arguments})"
 

@@ -1,26 +1,47 @@
 """Held-out logits and labels to a frozen :class:`~cpseg.calibration.Calibration`.
 
 All calibrators are one idea with two choices. The *unit* is what is exchangeable, an image unless
-said otherwise: its pixels share one vote. The *group* says which threshold a pixel's label is
-held against: one for all (:class:`SplitCalibrator`), one per class
-(:class:`ClassConditionalCalibrator`), per region (:class:`GroupCalibrator`), per location
-(:class:`LocationCalibrator`). Each class below says only which row of thresholds a pixel belongs
-to; ``_calibrator.py`` does the rest, once.
+said otherwise: its pixels share one vote. The *row* is which threshold a pixel's label is held
+against, and all that the four classes below differ in:
+
+===================================== ============================ =========================
+calibrator                            row of a pixel               shape of the thresholds
+===================================== ============================ =========================
+:class:`SplitCalibrator`              0                            ``(1,)``
+:class:`ClassConditionalCalibrator`   its label                    ``(C,)``
+:class:`GroupCalibrator`              its group                    ``(G,)``
+... with ``num_classes``              its group * C + its label    ``(G, C)``
+:class:`LocationCalibrator`           its place in the grid        ``(*S)``
+... with ``clusters``                 the cluster of its place     ``(*S)``
+===================================== ============================ =========================
+
+Scores, masses, units, merges, quantiles and what is promised are the same for all of them, and
+stand in ``_calibrator.py``, once.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from math import prod
-from typing import Any, Self, final
+from typing import Any, Self, cast, final
 
 import torch
 from torch import Tensor
 
 from cpseg import _checks
-from cpseg._calibrator import AnyCalibrator, Fallback, LocationClusters, Store, Unit, check_batch
+from cpseg._calibrator import (
+    AnyCalibrator,
+    Fallback,
+    LocationClusters,
+    Origin,
+    Store,
+    Unit,
+    check_batch,
+    check_origin,
+)
 from cpseg.accumulate import Evidence
 from cpseg.errors import InputError
 from cpseg.protocols import Score
-from cpseg.quantile import MAX_UNITS
+from cpseg.quantile import MAX_UNITS, Level, level
 from cpseg.scores import LAC
 
 __all__ = [
@@ -29,6 +50,7 @@ __all__ = [
     "GroupCalibrator",
     "LocationCalibrator",
     "LocationClusters",
+    "Origin",
     "SplitCalibrator",
 ]
 
@@ -50,6 +72,10 @@ class SplitCalibrator(AnyCalibrator):
         ignore_index: Label of pixels that do not count; no class.
         source: What the logits come from, if calibration must be tied to it.
 
+    Raises:
+        InputError: If an argument breaks its rule, the score is none or does not say what its
+            parameters are, or it has no range and the store is a histogram.
+
     Examples:
         >>> calibrator = SplitCalibrator(store="exact")
         >>> logits = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
@@ -68,15 +94,8 @@ class SplitCalibrator(AnyCalibrator):
         ignore_index: int = 255,
         source: str | None = None,
     ) -> None:
-        super().__init__(
-            axes=(),
-            rows=(1,),
-            score=score,
-            unit=unit,
-            store=store,
-            ignore_index=ignore_index,
-            source=source,
-        )
+        shared = score, unit, store, ignore_index, source
+        super().__init__((), (1,), shared)
 
     def update(
         self, logits: Tensor, labels: Tensor, unit_ids: Sequence[int] | Tensor | None = None
@@ -91,11 +110,17 @@ class SplitCalibrator(AnyCalibrator):
 
         Returns:
             The calibrator itself.
+
+        Raises:
+            InputError: If shapes, dtypes, devices or ids do not fit, the logits have other classes
+                than those seen, or the score is none. The state is then as before. (Bad *values*
+                are counted, and raise at ``compute``.)
+            StateError: If a unit is closed already, there are too many units, or an update was
+                interrupted.
         """
         check_batch(logits, labels, self.num_classes)
-        return self._see(
-            logits, labels, torch.zeros((), dtype=torch.int64, device=logits.device), unit_ids
-        )
+        row = torch.zeros((), dtype=torch.int64, device=logits.device)
+        return self._see(logits, labels, row, unit_ids)
 
 
 @final
@@ -117,6 +142,9 @@ class ClassConditionalCalibrator(AnyCalibrator):
         ignore_index: Label of pixels that do not count; no class.
         source: What the logits come from, if calibration must be tied to it.
 
+    Raises:
+        InputError: As for :class:`SplitCalibrator`, and if there is no class.
+
     Examples:
         >>> calibrator = ClassConditionalCalibrator(2, store="exact")
         >>> logits = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
@@ -135,21 +163,14 @@ class ClassConditionalCalibrator(AnyCalibrator):
         ignore_index: int = 255,
         source: str | None = None,
     ) -> None:
-        super().__init__(
-            axes=("class",),
-            rows=(num_classes,),
-            score=score,
-            unit=unit,
-            store=store,
-            ignore_index=ignore_index,
-            source=source,
-            num_classes=num_classes,
-        )
+        num_classes = _checks.check_integer("num_classes", num_classes, 1)
+        shared = score, unit, store, ignore_index, source
+        super().__init__(("class",), (num_classes,), shared, num_classes)
 
     def update(
         self, logits: Tensor, labels: Tensor, unit_ids: Sequence[int] | Tensor | None = None
     ) -> Self:
-        """See a batch; arguments as for :meth:`SplitCalibrator.update`."""
+        """See a batch; arguments and errors as for :meth:`SplitCalibrator.update`."""
         check_batch(logits, labels, self.num_classes)
         rows = labels.long()  # first: 200 compared as int8 is -56
         known = (rows >= 0) & (rows < logits.shape[1])
@@ -180,6 +201,9 @@ class GroupCalibrator(AnyCalibrator):
         ignore_index: Label of pixels that do not count; no class.
         source: What the logits come from, if calibration must be tied to it.
 
+    Raises:
+        InputError: As for :class:`SplitCalibrator`, and if there is no group or class.
+
     Examples:
         >>> calibrator = GroupCalibrator(2, store="exact")
         >>> logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]] * 3)
@@ -199,18 +223,14 @@ class GroupCalibrator(AnyCalibrator):
         ignore_index: int = 255,
         source: str | None = None,
     ) -> None:
-        _checks.check_integer("num_groups", num_groups, 1)
-        self.num_groups: int = num_groups
-        super().__init__(
-            axes=("group",) if num_classes is None else ("group", "class"),
-            rows=(num_groups,) if num_classes is None else (num_groups, num_classes),
-            score=score,
-            unit=unit,
-            store=store,
-            ignore_index=ignore_index,
-            source=source,
-            num_classes=num_classes,
-        )
+        self.num_groups: int = _checks.check_integer("num_groups", num_groups, 1)
+        axes: tuple[str, ...] = ("group",)
+        rows: tuple[int, ...] = (self.num_groups,)
+        if num_classes is not None:
+            num_classes = _checks.check_integer("num_classes", num_classes, 1)
+            axes, rows = ("group", "class"), (self.num_groups, num_classes)
+        shared = score, unit, store, ignore_index, source
+        super().__init__(axes, rows, shared, num_classes)
 
     def update(
         self,
@@ -229,6 +249,10 @@ class GroupCalibrator(AnyCalibrator):
 
         Returns:
             The calibrator itself.
+
+        Raises:
+            InputError: As for :meth:`SplitCalibrator.update`, and if the groups do not fit.
+            StateError: As for :meth:`SplitCalibrator.update`.
         """
         check_batch(logits, labels, self.num_classes)
         _checks.check_groups(groups, logits)
@@ -250,10 +274,14 @@ class GroupCalibrator(AnyCalibrator):
 class LocationCalibrator(AnyCalibrator):
     """One threshold per pixel location, or per cluster of locations. Needs one common grid.
 
-    A location of its own keeps only the scores that a level up to ``max_alpha`` can reach, at
-    most ``floor(max_alpha * (max_units + 1))`` per location when images are units: ``16`` bytes
-    each, so ``16 * locations * floor(max_alpha * (max_units + 1))`` bytes, and as much again
-    while a batch is sorted in.
+    A location of its own keeps only the scores that a level up to ``max_alpha`` can reach. With
+    ``k = floor(max_alpha * (max_units + 1))``, that is at most ``k`` scores of 16 bytes, or
+    ``16 * locations * k`` bytes in all, however many units are seen: 840 MB for 512 x 512 at
+    ``max_alpha=0.2, max_units=1000``. (With ``unit_ids``, ``k`` times the most images of one
+    unit.) Batches are sorted in when 4 million scores, or as many as are kept, wait, which takes
+    a few times their memory for a moment. A larger level than ``max_alpha`` is refused. All
+    locations pooled, which ``fallback="pooled"`` needs, take one row of ``store`` besides: 377 kB
+    for a histogram, 16 bytes per distinct score if it is exact.
 
     Guarantee:
         At each location (or cluster: on average over its locations), the class of a new image is
@@ -271,6 +299,10 @@ class LocationCalibrator(AnyCalibrator):
         store: As for :class:`SplitCalibrator`; for clusters, and for all locations pooled.
         ignore_index: Label of pixels that do not count; no class.
         source: What the logits come from, if calibration must be tied to it.
+
+    Raises:
+        InputError: As for :class:`SplitCalibrator`, and if the shape is no grid, the clusters are
+            of another grid, or they were fitted with another score or unit.
 
     Examples:
         >>> calibrator = LocationCalibrator((2,))
@@ -294,40 +326,37 @@ class LocationCalibrator(AnyCalibrator):
         ignore_index: int = 255,
         source: str | None = None,
     ) -> None:
-        self.shape: tuple[int, ...] = tuple(shape)
-        for size in self.shape:
-            _checks.check_integer("shape", size, 1)
+        self.shape: tuple[int, ...] = _checks.check_shape("shape", shape)
         _checks.check_alpha(max_alpha, "max_alpha")
-        _checks.check_integer("max_units", max_units, 1)
+        self.max_alpha: float = float(level(max_alpha))
+        self.max_units: int = _checks.check_integer("max_units", max_units, 1)
         self.clusters: LocationClusters | None = clusters
-        self.max_alpha: float = max_alpha
-        self.max_units: int = max_units
         if clusters is None:
             rows = self.shape
-            self._most_units = min(max_units, MAX_UNITS)
-            self._tail_alpha = max_alpha
+            self._most_units = min(self.max_units, MAX_UNITS)
+            self._tail_alpha = self.max_alpha
             self._map = torch.arange(prod(self.shape)).view(self.shape)
         else:
+            if not isinstance(cast("object", clusters), LocationClusters):
+                raise InputError(
+                    "clusters must be LocationClusters, as cpseg.tuning makes them, or None; "
+                    f"got {_checks.kind_of(clusters)}"
+                )
             _checks.check_map(
                 "clusters.map", clusters.map, self.shape, f"shape {_checks.describe(self.shape)}"
             )
             self._map = clusters.map.long().cpu()
             self._clustered = True
             rows = (int(self._map.max()) + 1,)
-        super().__init__(
-            axes=("location",),
-            rows=rows,
-            score=score,
-            unit=unit,
-            store=store,
-            ignore_index=ignore_index,
-            source=source,
-        )
+        shared = score, unit, store, ignore_index, source
+        super().__init__(("location",), rows, shared)
+        if clusters is not None and clusters.fitted_on is not None:
+            check_origin("clusters", clusters.fitted_on, self)
 
     def update(
         self, logits: Tensor, labels: Tensor, unit_ids: Sequence[int] | Tensor | None = None
     ) -> Self:
-        """See a batch on the grid; arguments as for :meth:`SplitCalibrator.update`."""
+        """See a batch on the grid; arguments and errors as for :meth:`SplitCalibrator.update`."""
         check_batch(logits, labels, self.num_classes)
         if tuple(logits.shape[2:]) != self.shape:
             raise InputError(
@@ -348,27 +377,33 @@ class LocationCalibrator(AnyCalibrator):
     def _config(self) -> dict[str, Any]:
         described = None
         if self.clusters is not None:
-            described = {"map": self._map.tolist(), "fitted_on": self.clusters.fitted_on}
+            fitted = self.clusters.fitted_on
+            described = {
+                "map": self._map.tolist(),
+                "fitted_on": None if fitted is None else asdict(fitted),
+            }
         return {**super()._config(), "shape": list(self.shape), "clusters": described}
 
     @classmethod
     def _from_config(cls, config: dict[str, Any], score: Score | None) -> Self:
         clusters = config["clusters"]
         if clusters is not None:
-            clusters = LocationClusters(torch.tensor(clusters["map"]), clusters["fitted_on"])
+            told: dict[str, Any] | None = clusters["fitted_on"]
+            origin = None
+            if told is not None:
+                origin = Origin(told["data"], told["score"], told["unit"], tuple(told["axes"]))
+            clusters = LocationClusters(torch.tensor(clusters["map"]), origin)
         return super()._from_config({**config, "clusters": clusters}, score)
 
     def evidence(self) -> tuple[Evidence, Evidence]:
         """As for every calibrator, and the clusters must not be fitted on this very data."""
-        if self.clusters is not None and self.clusters.fitted_on == self.fingerprint:
-            raise InputError(
-                "clusters must be fitted on a split of their own; got some fitted on this very data"
-            )
+        if self.clusters is not None and self.clusters.fitted_on is not None:
+            check_origin("clusters", self.clusters.fitted_on, self)
         return super().evidence()
 
-    def _alphas(self, alpha: float | Sequence[float]) -> list[float]:
+    def _alphas(self, alpha: Level | Sequence[Level]) -> list[Level]:
         alphas = super()._alphas(alpha)
-        if self._tail_alpha is not None and alphas[0] > self._tail_alpha:
+        if self._tail_alpha is not None and level(alphas[0]) > level(self._tail_alpha):
             raise InputError(
                 f"alpha must be at most max_alpha = {self._tail_alpha}, beyond which nothing was "
                 f"kept; got {alphas[0]}"

@@ -25,37 +25,42 @@ MAX_UNITS = 2**22
 
 __all__ = [
     "MAX_UNITS",
-    "UNIT_MASS",
-    "budget",
+    "Level",
     "conformal_quantile",
     "conformal_rank",
     "level",
-    "mass_above",
     "weighted_quantile",
 ]
 
+Level = float | Fraction
+"""A float, numpy's too, or a fraction, strictly between 0 and 1. See :func:`level`."""
 
-def level(alpha: float) -> Fraction:
-    """The decimal that ``alpha`` prints as, exactly.
+
+def level(alpha: Level) -> Fraction:
+    """The rational number that ``alpha`` means.
+
+    A float means the decimal it prints as: the shortest one that rounds to it at its own
+    precision. So ``0.1`` and ``numpy.float32(0.1)`` are both one tenth, which neither is in
+    binary. A fraction means itself.
 
     Args:
         alpha: Level strictly between 0 and 1.
 
     Returns:
-        The fraction; ``level(0.1)`` is one tenth, which the float 0.1 is not.
+        The fraction.
 
     Raises:
         InputError: If alpha does not lie strictly between 0 and 1.
 
     Examples:
-        >>> level(0.1)
-        Fraction(1, 10)
+        >>> level(0.1), level(Fraction(1, 3))
+        (Fraction(1, 10), Fraction(1, 3))
     """
     _checks.check_alpha(alpha)
-    return Fraction(repr(float(alpha)))
+    return Fraction(str(alpha))  # of numpy's floats too, whose repr is no number
 
 
-def conformal_rank(n: int, alpha: float) -> int:
+def conformal_rank(n: int, alpha: Level) -> int:
     """Rank of the score that is the threshold: ``ceil((n + 1) * (1 - alpha))``, exactly.
 
     Args:
@@ -65,14 +70,17 @@ def conformal_rank(n: int, alpha: float) -> int:
     Returns:
         The 1-based rank; ``n + 1`` means that no finite threshold keeps the promise.
 
+    Raises:
+        InputError: If n is no count, or alpha does not lie strictly between 0 and 1.
+
     Examples:
         >>> conformal_rank(9, 0.1), conformal_rank(8, 0.1), conformal_rank(999, 0.059)
         (9, 9, 941)
     """
-    return ceil((n + 1) * (1 - level(alpha)))
+    return ceil((_checks.check_integer("n", n, 0) + 1) * (1 - level(alpha)))
 
 
-def budget(alpha: float, n: int, unit_mass: int = 1) -> int:
+def budget(alpha: Level, n: int, unit_mass: int = 1) -> int:
     """Most mass that may lie strictly above a threshold.
 
     Args:
@@ -83,6 +91,9 @@ def budget(alpha: float, n: int, unit_mass: int = 1) -> int:
     Returns:
         ``floor(unit_mass * (alpha * (n + 1) - 1))``; negative when no finite threshold exists.
 
+    Raises:
+        InputError: If alpha does not lie strictly between 0 and 1.
+
     Examples:
         >>> budget(0.1, 9), budget(0.1, 8), budget(0.1, 99)
         (0, -1, 9)
@@ -90,7 +101,7 @@ def budget(alpha: float, n: int, unit_mass: int = 1) -> int:
     return floor(unit_mass * (level(alpha) * (n + 1) - 1))
 
 
-def conformal_quantile(scores: Tensor, alpha: float) -> Tensor:
+def conformal_quantile(scores: Tensor, alpha: Level) -> Tensor:
     """The split-conformal threshold of exchangeable scores.
 
     Guarantee:
@@ -105,7 +116,8 @@ def conformal_quantile(scores: Tensor, alpha: float) -> Tensor:
         The score of rank :func:`conformal_rank`, ``+inf`` if that exceeds ``N``. Shape ``()``.
 
     Raises:
-        InputError: If scores is not one axis of floats, or holds NaN.
+        InputError: If scores is not one axis of floats, or holds NaN, or alpha does not lie
+            strictly between 0 and 1.
 
     Examples:
         >>> conformal_quantile(torch.tensor([3.0, 1.0, 2.0, 4.0]), 0.25)

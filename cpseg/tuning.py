@@ -1,14 +1,15 @@
 """What is fitted before calibration, on a split of its own: clusters and fallbacks.
 
 Tuning data is never calibration data. Everything here is fitted from a calibrator that has seen
-the tuning split, remembers that calibrator's fingerprint, and is refused by ``compute`` on the
-very same data.
+the tuning split, and remembers where it comes from: the score, the unit, and a checksum of the
+data. A calibrator with another score or unit refuses it, and ``compute`` refuses it on the very
+same data. Splits that only overlap are not found out: keeping them apart is up to you.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor, prod
-from typing import Self, final
+from typing import Self, cast, final
 
 import torch
 from torch import Tensor
@@ -20,16 +21,16 @@ from cpseg.calibrators import (
     GroupCalibrator,
     LocationCalibrator,
     LocationClusters,
+    Origin,
 )
 from cpseg.errors import InputError
-from cpseg.quantile import MAX_UNITS, level
+from cpseg.quantile import MAX_UNITS, Level, budget, level
 
 __all__ = [
     "GroupClusters",
     "InterpolatedQuantile",
     "annuli",
     "cluster_locations",
-    "kmeans",
 ]
 
 _LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -38,72 +39,106 @@ _LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 @final
 @dataclass(frozen=True, eq=False, slots=True)
 class InterpolatedQuantile:
-    """Between the pooled threshold and that of the hardest class known (after Ding et al., 2025).
+    """Between the pooled threshold and the largest score seen (after Ding et al., 2025).
 
-    A group with too few units has the class quantile ``+inf``. It is capped: at the largest
-    finite threshold a group of the tuning split has. The fallback is ``pooled + weight *
-    max(cap - pooled, 0)``; ``weight`` is the smallest of 0, 0.05, ..., 1 that covers the tuning
-    split's groups, averaged with equal weights, to ``1 - alpha``.
+    A group with too few units has the quantile ``+inf``. Its place takes the group's largest
+    calibration score, ``cap`` if there is none, but at most ``cap`` and at least the pooled
+    threshold. The fallback goes from the pooled threshold that share of the way there which
+    ``weight`` says. The tuning split gives both: ``cap`` is the largest finite threshold there,
+    of a group or pooled; ``weight`` is the smallest of 0, 0.05, ..., 1 at which the groups with
+    a finite threshold above the pooled one, given the fallback instead, have ``(missed + 1) / (n
+    + 1)`` of at most ``alpha`` on average. ``missed`` is the sum of a group's missed shares in
+    its n units. Easier groups do not count: the pooled threshold serves them, and averaging them
+    in would let it pass for the hard ones too (``benchmarks/fallbacks.py`` has both).
+
+    Ding et al. interpolate for *every* class, rare or not, take 1 for ``+inf``, and leave the
+    weight to the user. Here groups with a finite threshold keep it, and with it their promise.
 
     Guarantee:
         None; a heuristic. Groups that need it are listed by the calibration.
 
     Attributes:
-        alpha: The level it was fitted for.
-        weight: Share of the cap.
-        cap: Largest finite threshold of a tuning group; ``-inf`` if there was none.
-        fitted_on: Fingerprint of the tuning data.
+        alpha: The one level it was fitted for, and serves.
+        weight: Share of the way from the pooled threshold.
+        cap: Largest finite threshold on the tuning split.
+        fitted_on: The tuning calibrator.
     """
 
     alpha: float
     weight: float
     cap: float
-    fitted_on: str
+    fitted_on: Origin
 
     @classmethod
-    def fit(cls, tuning: ClassConditionalCalibrator | GroupCalibrator, alpha: float) -> Self:
+    def fit(cls, tuning: ClassConditionalCalibrator | GroupCalibrator, alpha: Level) -> Self:
         """Choose cap and weight.
 
         Args:
-            tuning: A calibrator that has seen the tuning split only.
+            tuning: A calibrator that has seen the tuning split only, with the score, the unit
+                and the groups of the one to come.
             alpha: The level at which it will be used.
 
         Returns:
             The fitted fallback.
 
         Raises:
-            InputError: If the tuning split has no finite pooled threshold at alpha.
+            InputError: If tuning is another calibrator, alpha does not lie strictly between 0
+                and 1, or the tuning split has no finite pooled threshold at alpha.
         """
+        _check_tuning(tuning)
         own, pooled = tuning.evidence()
-        base = float(pooled.quantiles([alpha])[0])
-        if base == torch.inf:
+        base = pooled.quantiles([alpha])[0]
+        if bool(base.isinf()):
             raise InputError(
                 f"tuning must hold enough units for a finite pooled threshold at alpha = {alpha}; "
                 f"got {int(pooled.num_units[0])}"
             )
-        thresholds = own.quantiles([alpha] * own.store.rows)
-        finite = thresholds[thresholds.isfinite()]
-        cap = float(finite.max()) if finite.numel() else -torch.inf
-        seen = own.num_units > 0
+        exact = own.quantiles([alpha] * own.store.rows)
+        finite = exact.isfinite()
+        cap = torch.cat((exact[finite], base[None])).max()
+        hard = finite & (exact > base)
+        units = own.num_units[hard].double()
         weight = 0.0
         for step in range(21):
             weight = step / 20
-            trial = torch.full_like(thresholds, base + weight * max(cap - base, 0.0))
-            missed = own.store.above(trial)[seen] / (own.num_units[seen] * own.unit_mass)
-            if float(missed.mean()) <= alpha:
+            trial = _toward(own, base, cap, weight)
+            missed = own.store.above(trial)[hard].double() / own.unit_mass
+            # The added one is the new unit's, as in risk control; weight 1 always suffices.
+            if not bool(hard.any()) or float(((missed + 1) / (units + 1)).mean()) <= level(alpha):
                 break
-        return cls(alpha, weight, cap, tuning.fingerprint)
+        return cls(float(level(alpha)), weight, float(cap), tuning.origin)
 
-    def thresholds(self, own: Evidence, pooled: Evidence, alphas: Sequence[float]) -> Tensor:
-        """The fallback threshold of every group. float32 ``(R,)``."""
-        if set(alphas) != {self.alpha}:
+    def thresholds(self, own: Evidence, pooled: Evidence, alphas: Sequence[Level]) -> Tensor:
+        """The fallback threshold of every group. float32 ``(R,)``.
+
+        Raises:
+            InputError: If a level is another than the one it was fitted for.
+        """
+        others = sorted({float(level(alpha)) for alpha in alphas} - {self.alpha})
+        if others:
             raise InputError(
-                f"alpha must be {self.alpha}, for which the fallback was fitted; "
-                f"got {sorted(set(alphas))}"
+                f"alpha must be {self.alpha}, the one level for which the fallback was fitted; "
+                f"got {', '.join(map(str, others))}. Fit another fallback for another level"
             )
         base = pooled.quantiles([self.alpha])[0]
-        raised = base + self.weight * (self.cap - base).clamp(min=0)
-        return torch.where(base.isinf(), base, raised).expand(own.store.rows)
+        cap = torch.full_like(base, self.cap)
+        return _toward(own, base, cap, self.weight)
+
+
+def _toward(own: Evidence, base: Tensor, cap: Tensor, weight: float) -> Tensor:
+    """From ``base``, ``weight`` of the way to each row's largest score, if that is higher."""
+    largest = own.store.thresholds(torch.zeros_like(own.num_units))
+    ends = torch.where(own.num_units > 0, largest.minimum(cap), cap).maximum(base)
+    # Where base is +inf so is the end, and their difference is none.
+    return torch.where(base.isinf(), base, base + weight * (ends - base))
+
+
+def _check_tuning(tuning: object) -> None:
+    if not isinstance(tuning, ClassConditionalCalibrator | GroupCalibrator):
+        raise InputError(
+            "tuning must be a ClassConditionalCalibrator or GroupCalibrator, which has groups; "
+            f"got {_checks.kind_of(tuning)}"
+        )
 
 
 @final
@@ -126,11 +161,17 @@ class GroupClusters:
 
     Attributes:
         assignment: Cluster of each group, -1 for none. int64 ``(R,)``.
-        fitted_on: Fingerprint of the tuning data.
+        fitted_on: The tuning calibrator.
     """
 
     assignment: Tensor
-    fitted_on: str
+    fitted_on: Origin
+
+    def __post_init__(self) -> None:
+        _checks.check_integers("assignment", self.assignment)
+        if self.assignment.ndim != 1 or self.assignment.numel() == 0:
+            shape = _checks.describe(self.assignment.shape)
+            raise InputError(f"assignment must have shape (R,), R >= 1; got {shape}")
 
     @classmethod
     def fit(
@@ -140,12 +181,13 @@ class GroupClusters:
         *,
         min_units: int = 5,
         seed: int = 0,
-        levels: Sequence[float] = _LEVELS,
+        levels: Sequence[Level] = _LEVELS,
     ) -> Self:
         """Find clusters.
 
         Args:
-            tuning: A calibrator that has seen the tuning split only.
+            tuning: A calibrator that has seen the tuning split only, with the score, the unit
+                and the groups of the one to come.
             num_clusters: How many; by default one per four groups that are known well enough.
             min_units: Fewest tuning units of a group that is clustered.
             seed: Seed of k-means.
@@ -155,32 +197,47 @@ class GroupClusters:
             The fitted clusters.
 
         Raises:
-            InputError: If more clusters are wanted than groups are known.
+            InputError: If tuning is another calibrator, no group is known, or more clusters are
+                wanted than groups are known.
         """
-        _checks.check_integer("min_units", min_units, 1)
+        _check_tuning(tuning)
+        _check_levels(levels)
+        min_units = _checks.check_integer("min_units", min_units, 1)
         own, _ = tuning.evidence()
         known = (own.num_units >= min_units).nonzero()[:, 0]
-        wanted = max(len(known) // 4, 1) if num_clusters is None else num_clusters
-        _checks.check_integer("num_clusters", wanted, 1)
+        if not len(known):
+            raise InputError(
+                f"tuning must hold a group with {min_units} units or more; got at most "
+                f"{int(own.num_units.max())}. Lower min_units, or take a larger split"
+            )
+        wanted = max(len(known) // 4, 1)
+        if num_clusters is not None:
+            wanted = _checks.check_integer("num_clusters", num_clusters, 1)
         if wanted > len(known):
             raise InputError(
                 f"num_clusters must be at most the {len(known)} groups with {min_units} tuning "
                 f"units or more; got {wanted}"
             )
         weights = own.num_units[known].double().sqrt()
-        found = kmeans(_curves(own, levels)[known].double(), wanted, weights=weights, seed=seed)
+        curves = _curves(own, levels)[known].double()
+        found = _kmeans(curves, wanted, weights=weights, seed=seed)
         assignment = torch.full_like(own.num_units, -1)
         assignment[known] = found
-        return cls(assignment, tuning.fingerprint)
+        return cls(assignment, tuning.origin)
 
-    def thresholds(self, own: Evidence, pooled: Evidence, alphas: Sequence[float]) -> Tensor:
-        """The fallback threshold of every group. float32 ``(R,)``."""
+    def thresholds(self, own: Evidence, pooled: Evidence, alphas: Sequence[Level]) -> Tensor:
+        """The fallback threshold of every group. float32 ``(R,)``.
+
+        Raises:
+            InputError: If the groups are others, or too many pairs of an image and a group are in
+                one cluster.
+        """
         if len(self.assignment) != own.store.rows:
             raise InputError(
                 f"fallback must be fitted for {own.store.rows} groups; got {len(self.assignment)}"
             )
-        assignment = self.assignment.to(own.num_units.device)
-        count = int(assignment.max()) + 1
+        assignment = self.assignment.to(own.num_units.device, torch.int64)
+        count = max(int(assignment.max()) + 1, 1)
         inside = assignment >= 0
         pairs = torch.zeros(count, dtype=torch.int64, device=assignment.device)
         pairs.index_add_(0, assignment[inside], own.num_units[inside])
@@ -191,13 +248,14 @@ class GroupClusters:
             )
         members = torch.bincount(assignment[inside], minlength=count).tolist()
         store = own.store.pool(assignment, count)
-        result = torch.empty(own.store.rows, device=assignment.device)
+        result = torch.empty(own.store.rows, dtype=torch.float32, device=assignment.device)
         for alpha in set(alphas):
             budgets = [
                 floor(own.unit_mass * (level(alpha) * (n + k) - k))
                 for n, k in zip(pairs.tolist(), members, strict=True)
             ]
-            shared = store.thresholds(torch.tensor(budgets, device=assignment.device))
+            most = torch.tensor(budgets, dtype=torch.int64, device=assignment.device)
+            shared = store.thresholds(most)
             base = pooled.quantiles([alpha])[0]
             usable = inside & shared[assignment].isfinite()
             chosen = torch.tensor([a == alpha for a in alphas], device=assignment.device)
@@ -210,13 +268,14 @@ def cluster_locations(
     num_clusters: int,
     *,
     seed: int = 0,
-    levels: Sequence[float] = (0.6, 0.7, 0.8, 0.9),
+    levels: Sequence[Level] = (0.8, 0.85, 0.9, 0.95),
 ) -> LocationClusters:
     """Locations whose score quantiles are alike (k-means, after Kandinsky calibration, 2024).
 
     Args:
-        tuning: A calibrator of single locations that has seen the tuning split only, made with
-            ``max_alpha`` of at least one minus the lowest level.
+        tuning: A calibrator of single locations that has seen the tuning split only, with the
+            score and unit of the one to come, made with ``max_alpha`` of at least one minus the
+            lowest level: the defaults of both go together.
         num_clusters: How many.
         seed: Seed of k-means.
         levels: Levels of the score quantiles that are compared.
@@ -226,15 +285,24 @@ def cluster_locations(
         split join the cluster with the highest quantiles.
 
     Raises:
-        InputError: If the tuning calibrator has clusters itself, or keeps too little of the tail.
+        InputError: If tuning is another calibrator or has clusters itself, keeps too little of
+            the tail, or has fewer labelled locations than clusters are wanted.
     """
-    _checks.check_integer("num_clusters", num_clusters, 1)
+    num_clusters = _checks.check_integer("num_clusters", num_clusters, 1)
+    if not isinstance(cast("object", tuning), LocationCalibrator):
+        raise InputError(f"tuning must be a LocationCalibrator; got {_checks.kind_of(tuning)}")
     if tuning.clusters is not None:
         raise InputError("tuning must be a calibrator of single locations; got one with clusters")
-    if 1 - min(levels) > tuning.max_alpha:
+    _check_levels(levels)
+    reach = max(1 - level(value) for value in levels)
+    if reach > level(tuning.max_alpha):
         raise InputError(
-            f"tuning must have max_alpha >= {1 - min(levels):g} for these levels; "
-            f"got {tuning.max_alpha}"
+            f"tuning must have max_alpha >= {float(reach)} for these levels; got {tuning.max_alpha}"
+        )
+    if budget(tuning.max_alpha, tuning.max_units) < 0:
+        raise InputError(
+            "tuning must keep a score per location, max_alpha * (max_units + 1) >= 1; got "
+            f"max_alpha = {tuning.max_alpha} and max_units = {tuning.max_units}"
         )
     own, _ = tuning.evidence()
     known = (own.num_units > 0).nonzero()[:, 0]
@@ -243,13 +311,13 @@ def cluster_locations(
             f"num_clusters must be at most the {len(known)} labelled locations; got {num_clusters}"
         )
     curves = _curves(own, levels)[known].double()
-    found = kmeans(curves, num_clusters, seed=seed)
+    found = _kmeans(curves, num_clusters, seed=seed)
     total = torch.zeros(num_clusters, dtype=torch.float64, device=curves.device)
     total.index_add_(0, found, curves.mean(1))
     highest = (total / torch.bincount(found, minlength=num_clusters)).argmax()
     clusters = torch.full((prod(tuning.shape),), int(highest), device=found.device)
     clusters[known] = found
-    return LocationClusters(clusters.view(tuning.shape), tuning.fingerprint)
+    return LocationClusters(clusters.view(tuning.shape), tuning.origin)
 
 
 def annuli(shape: Sequence[int], rings: int) -> LocationClusters:
@@ -263,7 +331,8 @@ def annuli(shape: Sequence[int], rings: int) -> LocationClusters:
         Clusters for a :class:`~cpseg.LocationCalibrator`.
 
     Raises:
-        InputError: If there are more rings than different distances from the center.
+        InputError: If shape is no grid, or there are more rings than different distances from
+            the center.
 
     Examples:
         >>> annuli((3, 5), 2).map
@@ -271,7 +340,7 @@ def annuli(shape: Sequence[int], rings: int) -> LocationClusters:
                 [1, 0, 0, 0, 1],
                 [1, 1, 0, 1, 1]])
     """
-    _checks.check_integer("rings", rings, 1)
+    shape, rings = _checks.check_shape("shape", shape), _checks.check_integer("rings", rings, 1)
     # In integers, so that what is symmetric stays so: twice the distance, times all sizes.
     axes = [(2 * torch.arange(size) + 1 - size) * (prod(shape) // size) for size in shape]
     squared = torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(0)
@@ -283,7 +352,7 @@ def annuli(shape: Sequence[int], rings: int) -> LocationClusters:
     return LocationClusters(ring)
 
 
-def kmeans(
+def _kmeans(
     points: Tensor,
     num_clusters: int,
     *,
@@ -306,12 +375,11 @@ def kmeans(
         Cluster of each point, numbered from 0 in the order of the points. int64 ``(N,)``.
 
     Examples:
-        >>> kmeans(torch.tensor([[0.0], [5.0], [0.1], [5.1]]), 2)
+        >>> _kmeans(torch.tensor([[0.0], [5.0], [0.1], [5.1]]), 2)
         tensor([0, 1, 0, 1])
     """
     generator = torch.Generator().manual_seed(seed)
-    weights = torch.ones(len(points)) if weights is None else weights
-    weights = weights.to(points)
+    weights = points.new_ones(len(points)) if weights is None else weights.to(points)
     best = torch.zeros(len(points), dtype=torch.int64, device=points.device)
     lowest = torch.inf
     for _ in range(restarts):
@@ -344,13 +412,20 @@ def _in_order(clusters: Tensor) -> Tensor:
     return torch.tensor(listed, dtype=torch.int64, device=clusters.device)
 
 
-def _curves(evidence: Evidence, levels: Sequence[float]) -> Tensor:
-    """Score quantiles of every row, without the conformal correction. float32 ``(R, L)``."""
+def _check_levels(levels: Sequence[Level]) -> None:
+    if not isinstance(cast("object", levels), list | tuple) or not levels:
+        raise InputError(f"levels must be a list of numbers between 0 and 1; got {levels!r}")
+    for value in levels:
+        _checks.check_alpha(value, "levels")
+
+
+def _curves(evidence: Evidence, levels: Sequence[Level]) -> Tensor:
+    """Conformal thresholds of every row, its largest score where none is. float32 ``(R, L)``.
+
+    The budgets are those of calibration, since a store may have forgotten all below them.
+    """
     columns: list[Tensor] = []
     for value in levels:
-        beyond = 1 - level(value)
-        units = evidence.num_units.tolist()
-        known = {n: floor(evidence.unit_mass * beyond * n) for n in set(units)}
-        budgets = torch.tensor([known[n] for n in units], device=evidence.num_units.device)
-        columns.append(evidence.store.thresholds(budgets))
+        budgets = evidence.budgets([1 - level(value)] * evidence.store.rows)
+        columns.append(evidence.store.thresholds(budgets.clamp(min=0)))
     return torch.stack(columns, 1)

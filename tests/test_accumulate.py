@@ -1,17 +1,20 @@
 """Stores and evidence: exact integers, outward edges, a tail that loses nothing, gather."""
 
 import math
+import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import settings as law
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpseg import (
     APS,
@@ -22,6 +25,7 @@ from cpseg import (
     Margin,
     SplitCalibrator,
     TopK,
+    accumulate,
     gather,
     merge_all,
 )
@@ -156,7 +160,8 @@ def test_counts_beyond_float32_are_exact(kind: str) -> None:
         )
     assert evidence.num_units.tolist() == [many + 3, many]
     assert evidence.num_pixels.tolist() == [many + 3, many]
-    assert int(evidence.state()["mass"].sum()) == 2**53 + 3
+    mass = "mass" if kind == "exact" else "mass+"
+    assert int(evidence.state()[mass].sum()) == 2**53 + 3
 
 
 def test_a_unit_of_more_pixels_than_float32_counts_is_counted() -> None:
@@ -236,8 +241,50 @@ def test_a_store_does_not_follow_the_state_it_came_from() -> None:
         for value in state.values():
             value.zero_()
         assert again.thresholds(torch.tensor([0])).item() == pytest.approx(0.25, rel=1e-3)
-        kind.state()["mass"].zero_()
-        assert int(kind.state()["mass"].sum()) == 5
+        (mass,) = (name for name in kind.state() if name.startswith("mass"))
+        kind.state()[mass].zero_()
+        assert int(kind.state()[mass].sum()) == 5
+
+
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Most bytes of any tensor that an operation makes, views apart."""
+
+    bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view:
+            Largest.bytes = max(Largest.bytes, result.numel() * result.element_size())
+        return result
+
+
+def test_many_rows_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = 7
+    histogram = Histogram(rows, 0.0, 1.0)
+    scores = torch.rand(2000, generator=generator)
+    row = torch.randint(0, rows, (2000,), generator=generator)
+    mass = torch.randint(1, 9, (2000,), generator=generator)
+    histogram.add(row * histogram.num_cells + histogram.cells(scores), mass)
+    budgets = torch.tensor([0, 50, 100, 200, -1, 3, 999])
+    whole = histogram.thresholds(budgets), histogram.above(torch.linspace(0, 1, rows))
+    for cells in (1, 2 * histogram.num_cells, 3 * histogram.num_cells):
+        monkeypatch.setattr(accumulate, "_BLOCK", cells)
+        Largest.bytes = 0
+        with Largest():  # type: ignore[no-untyped-call]
+            found = histogram.thresholds(budgets), histogram.above(torch.linspace(0, 1, rows))
+        assert torch.equal(found[0], whole[0])
+        assert torch.equal(found[1], whole[1])
+        assert Largest.bytes <= 8 * max(cells, histogram.num_cells)
+
+
+def test_a_row_of_a_histogram_takes_the_bytes_that_are_documented() -> None:
+    for ends in ((0.0, 1.0), (-1.0, 1.0), (0.0, 1.02)):
+        assert Histogram(1, *ends).num_cells <= 47_107
+    assert Histogram(3, 0.0, 1.0).mass.nbytes == 8 * (3 * 47_107 + 1)
+    assert "47,107 cells of 8 bytes, 377 kB" in " ".join((Histogram.__doc__ or "").split())
 
 
 def test_pooled_rows_add_up() -> None:
@@ -265,49 +312,182 @@ def test_gather_of_one_process_is_a_copy() -> None:
     assert copy.compute(0.4).num_units.tolist() == [6]
 
 
-_RANK = """
-    import sys
-    import torch
-    import torch.distributed as dist
-    from cpseg import ClassConditionalCalibrator, gather
+# What both the processes and the test run: shares are uneven, and one rank may have seen nothing.
+_SHARED = """
+import torch
+from cpseg import (
+    APS, ClassConditionalCalibrator, GroupCalibrator, LocationCalibrator, SplitCalibrator, TopK,
+    gather,
+)
+from cpseg.metrics import Coverage, MeanIoU
+from cpseg.risk import FalseNegativeRate, RiskCalibrator
+from cpseg.shift import WeightedCalibrator
 
-    torch.set_num_threads(1)
-    rank, path = int(sys.argv[1]), sys.argv[2]
-    dist.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
-    logits = torch.randn(7, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    labels = torch.randint(0, 3, (7, 4, 5), generator=torch.Generator().manual_seed(1))
-    ids = [4, 4, 8, 15, 15, 16, 8]
-    for name, shares in {
-        "uneven": ((0, 5), (5, 7)), "first empty": ((0, 0), (0, 7)), "second empty": ((0, 7), (0, 0))
-    }.items():
-        start, stop = shares[rank]
-        mine = ClassConditionalCalibrator(3, store="exact")
-        if stop > start:
-            mine.update(logits[start:stop], labels[start:stop], ids[start:stop])
-        torch.save(gather(mine).state_dict(), f"{path}/{name} {rank}.pt")
-        pixels = torch.tensor(mine.fingerprint.split("-")[0] == f"{20 * (stop - start):x}")
-        assert pixels, "what was gathered must stay as it was"
-    dist.destroy_process_group()
+logits = torch.randn(7, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+labels = torch.randint(0, 3, (7, 4, 5), generator=torch.Generator().manual_seed(1))
+ids = [4, 4, 8, 15, 15, 16, 8]
+groups = torch.arange(20).view(4, 5) % 2
+
+class Own:
+    follows_logits = True
+    def __call__(self, logits):
+        return -logits.float()
+    def of_labels(self, logits, labels):
+        return self(logits).gather(1, labels[:, None])[:, 0]
+    def range(self, num_classes):
+        return None
+    def tolerance(self, num_classes):
+        return 0.0
+    def __repr__(self):
+        return "Own()"
+
+def by_ids(maker):
+    return maker, lambda a, part: a.update(logits[part], labels[part], ids[part])
+
+def by_image(maker):
+    return maker, lambda a, part: a.update(logits[part], labels[part])
+
+def by_class(store):
+    return ClassConditionalCalibrator(3, store=store)
+
+CASES = {
+    "exact, open": by_ids(lambda: by_class("exact")),
+    "histogram, open": by_ids(lambda: by_class("histogram")),
+    "exact": by_image(lambda: by_class("exact")),
+    "histogram": by_image(lambda: by_class("histogram")),
+    "classes unknown": by_image(lambda: SplitCalibrator(APS(), source="a source")),
+    "location": by_image(lambda: LocationCalibrator((4, 5), max_units=20)),
+    "pixel": by_image(lambda: SplitCalibrator(TopK(), unit="pixel")),
+    "own score": by_image(lambda: SplitCalibrator(Own(), store="exact")),
+    "group": (
+        lambda: GroupCalibrator(2, 3),
+        lambda a, part: a.update(logits[part], labels[part], groups, ids[part]),
+    ),
+    "coverage": (
+        lambda: Coverage(3),
+        lambda a, part: a.update(logits[part] > 0, labels[part]),
+    ),
+    "miou": (lambda: MeanIoU(3), lambda a, part: a.update(logits[part].argmax(1), labels[part])),
+    "risk": by_ids(lambda: RiskCalibrator(FalseNegativeRate(3))),
+    "weighted": (
+        WeightedCalibrator,
+        lambda a, part: a.update(logits[part], labels[part], torch.arange(1.0, 8)[part]),
+    ),
+}
+CUTS = {"uneven": (0, 5, 7, 7), "first empty": (0, 0, 6, 7)}
+"""
+
+_RANK = """
+import sys
+import torch.distributed as dist
+from cpseg import LAC
+from cpseg.errors import InputError
+
+torch.set_num_threads(1)
+rank, path = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=3)
+found = {}
+for cut, ends in CUTS.items():
+    part = slice(ends[rank], ends[rank + 1])
+    for name, (maker, update) in CASES.items():
+        mine = maker()
+        if part.stop > part.start:
+            update(mine, part)
+        before = mine.state_dict()
+        found[f"{name}, {cut}"] = gather(mine).state_dict()
+        after = mine.state_dict()
+        for key, value in before.items():
+            kept = torch.equal(value, after[key]) if hasattr(value, "shape") else value == after[key]
+            assert kept, f"what was gathered must stay as it was: {key}"
+# Ranks that differ are refused on every rank, and none waits for another.
+for differs in (
+    SplitCalibrator(TopK() if rank == 1 else LAC()).update(logits, labels),
+    SplitCalibrator(store="exact" if rank == 2 else "histogram").update(logits, labels),
+    SplitCalibrator().update(logits[:, :3 - rank % 2], labels % (3 - rank % 2)),
+    Coverage(3 + rank),
+    ClassConditionalCalibrator(3 + rank % 2).update(logits, labels)
+    if rank % 2 == 0
+    else ClassConditionalCalibrator(4).update(logits[:, [0, 1, 2, 2]], labels),
+):
+    try:
+        gather(differs)
+    except InputError as error:
+        assert "\\n" not in str(error)
+    else:
+        raise AssertionError(f"{differs} was gathered")
+torch.save(found, f"{path}/{rank}.pt")
+dist.destroy_process_group()
 """
 
 
 @pytest.mark.dist
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", textwrap.dedent(_RANK)]
+def test_processes_with_uneven_shares_equal_one_to_the_bit(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _SHARED + _RANK]
     ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)])  # noqa: S603
-        for rank in range(2)
+        subprocess.Popen(  # noqa: S603 - our own interpreter and code
+            [*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE
+        )
+        for rank in range(3)
     ]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
-    logits = torch.randn(7, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    labels = torch.randint(0, 3, (7, 4, 5), generator=torch.Generator().manual_seed(1))
-    one = ClassConditionalCalibrator(3, store="exact")
-    whole = one.update(logits, labels, [4, 4, 8, 15, 15, 16, 8]).state_dict()
-    files = sorted(tmp_path.glob("*.pt"))
-    assert len(files) == 6
-    for file in files:
-        state = torch.load(file, weights_only=True)
-        assert state.keys() == whole.keys()
-        for name, wanted in whole.items():
-            found = state[name]
-            assert torch.equal(found, wanted) if isinstance(wanted, Tensor) else found == wanted
+    try:
+        for rank in ranks:
+            _, errors = rank.communicate(timeout=300)
+            assert rank.returncode == 0, errors.decode()
+    finally:
+        for rank in ranks:  # one that is left alone would wait for the others
+            rank.kill()
+            rank.communicate()
+    shared: dict[str, Any] = {"__name__": "__main__"}
+    exec(_SHARED, shared)  # noqa: S102 - the code above
+    files = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
+    for name, (maker, update) in shared["CASES"].items():
+        whole = update(maker(), slice(0, 7)).state_dict()
+        for cut in shared["CUTS"]:
+            for found in (file[f"{name}, {cut}"] for file in files):
+                assert found.keys() == whole.keys()
+                for key, wanted in whole.items():
+                    same = (
+                        found[key].dtype == wanted.dtype and torch.equal(found[key], wanted)
+                        if isinstance(wanted, Tensor)
+                        else found[key] == wanted
+                    )
+                    assert same, f"{name}, {cut}: {key}"
+
+
+@pytest.mark.dist
+def test_the_example_runs_and_its_processes_equal_one() -> None:
+    root = Path(__file__).parents[1]
+    run = subprocess.run(  # noqa: S603 - our own interpreter and code
+        [sys.executable, str(root / "examples" / "distributed_calibration.py")],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    lines = run.stdout.splitlines()
+    assert sorted(lines[:2]) == [f"process {rank} of 2 saw {21 - rank} images" for rank in (0, 1)]
+    assert lines[-1] == "equal to one process, to the bit"
+
+
+def test_histograms_are_added_up_and_nothing_is_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One process alone: what is reduced, what is sent, and how large it is.
+    reduced, sent = [], []
+
+    def reduce(tensor: Tensor) -> None:
+        reduced.append(tuple(tensor.shape))
+        assert tensor.dtype == torch.int64
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "all_reduce", reduce)
+    monkeypatch.setattr(dist, "broadcast", lambda data, _: sent.append(len(data)))
+    for name in ("save", "load"):
+        monkeypatch.setattr(torch, name, None)
+    calibrator = ClassConditionalCalibrator(3).update(draws(0, 3, 3, 5), torch.zeros(3, 5).long())
+    cells = Histogram(1, 0.0, 1.0).num_cells
+    assert gather(calibrator).compute(0.4).num_units.tolist() == [3, 0, 0]
+    assert reduced == [(1,), (3 * cells,), (cells,), (1,)]
+    assert sum(sent) < 3000

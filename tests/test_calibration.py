@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from cpseg import (
     SplitCalibrator,
     TopK,
 )
-from cpseg.calibration import describe_score
+from cpseg.calibration import _digest, describe_score
 from cpseg.errors import FileError, InputError
 from cpseg.protocols import Score
 from cpseg.tuning import annuli
@@ -228,9 +229,8 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_digit_changed_anywhere_is_refused(tmp_path: Path) -> None:
-    replace(made("class"), max_share=torch.tensor([1e-05, 2e-20], dtype=torch.float64)).save(
-        tmp_path / "c"
-    )
+    share = torch.tensor([1e-05, 2e-20, 0.5, 0.0], dtype=torch.float64)
+    replace(made("class"), max_share=share).save(tmp_path / "c")
     whole = (tmp_path / "c").read_bytes()
     for at, byte in enumerate(whole):
         if chr(byte) in "0123456789-.":  # also 1e-05 to 1e905, an overflow
@@ -299,8 +299,113 @@ def test_a_missing_file_or_a_directory_is_what_the_system_says(tmp_path: Path) -
         Calibration.load(tmp_path / "nowhere")
     with pytest.raises(OSError, match=tmp_path.name):
         Calibration.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        made("split").save(tmp_path / "nowhere" / "c")
+    missing = tmp_path / "nowhere" / "c"
+    with pytest.raises(FileNotFoundError) as refusal:
+        made("split").save(missing)
+    assert refusal.value.filename == str(missing)
+    assert str(missing) in str(refusal.value)
+    assert "partial" not in str(refusal.value)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder") as taken:  # the name is a folder's
+        made("split").save(tmp_path / "folder")
+    assert taken.value.filename == str(tmp_path / "folder")
+    assert "partial" not in str(taken.value)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+def text_of(**wrong: Any) -> str:
+    with pytest.raises(InputError) as refusal:
+        replace(made("class"), **wrong)
+    message = str(refusal.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"thresholds": [0.5] * C}, "thresholds must be a torch tensor; got list"),
+        (
+            {"thresholds": torch.zeros(C, dtype=torch.float64)},
+            "thresholds must be torch.float32; got torch.float64",
+        ),
+        ({"num_units": torch.zeros(C)}, "num_units must be torch.int64; got torch.float32"),
+        (
+            {"fallback_groups": torch.zeros(C).long()},
+            "fallback_groups must be torch.bool; got torch.int64",
+        ),
+        (
+            {"axes": ("classes",)},
+            (
+                'axes must be (), ("class",), ("group",), ("group", "class") or ("location",); got '
+                "('classes',)"
+            ),
+        ),
+        ({"axes": ()}, "thresholds must have the axes (), none empty; got shape (4,)"),
+        (
+            {"axes": ("group", "class")},
+            "thresholds must have the axes ('group', 'class'), none empty; got shape (4,)",
+        ),
+        (
+            {"thresholds": torch.zeros(0), "num_classes": None},
+            "thresholds must have the axes ('class',), none empty; got shape (0,)",
+        ),
+        (
+            {"num_pixels": torch.zeros(3).long()},
+            "num_pixels must have shape (4,) to go with thresholds; got (3,)",
+        ),
+        ({"num_classes": 5}, "thresholds must have one per class, 5; got (4,)"),
+        ({"num_classes": 4.5}, "num_classes must be an integer >= 1; got 4.5"),
+        (
+            {"max_share": torch.zeros(2, dtype=torch.float64)},
+            "max_share must have shape (4,) to go with num_classes; got (2,)",
+        ),
+        ({"unit": "patch"}, 'unit must be "image" or "pixel"; got \'patch\''),
+        ({"ignore_index": 2}, "ignore_index must lie outside the classes [0, 4); got 2"),
+        ({"alpha": 1.5}, "alpha must lie strictly between 0 and 1; got 1.5"),
+        (
+            {"alpha": (0.1, 0.2)},
+            (
+                "alpha must be one number, or one per class of axes ('class',) and thresholds (4,); "
+                "got 2"
+            ),
+        ),
+        ({"alpha": (0.1, 0.2, 0.3, 2.0)}, "alpha must lie strictly between 0 and 1; got 2.0"),
+        ({"score": LAC}, "score must be an object; got the class LAC. Make one: LAC()"),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_refused(wrong: dict[str, Any], told: str) -> None:
+    assert text_of(**wrong) == told
+
+
+def test_alpha_per_class_needs_a_class_axis() -> None:
+    with pytest.raises(InputError, match="alpha must be one number, or one per class"):
+        replace(made("split"), alpha=(0.1,))
+
+
+def test_a_whole_file_of_parts_that_do_not_fit_is_refused_as_a_file(tmp_path: Path) -> None:
+    made("class").save(tmp_path / "c")
+    content = json.loads((tmp_path / "c").read_bytes())
+    del content["sha256"]
+    wrong: list[dict[str, Any]] = [
+        {"axes": ["group", "class"]},
+        {"num_units": {"shape": [2], "values": [1, 2]}},
+        {"alpha": 3.0},
+        {"score": "LAC"},
+        {"score": {"name": "LAC"}},
+        {"score": {"name": "LAC", "parameters": {"size": 3}}},
+    ]
+    for entry in wrong:
+        fields = {**content, **entry}
+        message = refused(
+            tmp_path / "c", json.dumps({**fields, "sha256": _digest(fields)}).encode()
+        )
+        assert "is not a complete calibration" in message
+
+
+def test_numbers_of_numpy_are_described_as_pythons() -> None:
+    made_by_numpy = Scaled(np.float32(0.5), (np.int64(1), 2))  # type: ignore[arg-type]
+    assert describe_score(made_by_numpy) == describe_score(Scaled(0.5, (1, 2)))
 
 
 @pytest.mark.parametrize("method", ["write_text", "replace"])

@@ -7,6 +7,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -23,16 +24,24 @@ from cpseg import (
     PixelSetPredictor,
     SplitCalibrator,
     TopK,
+    gather,
     merge_all,
 )
-from cpseg.accumulate import Exact, Histogram
-from cpseg.calibrators import LocationClusters
+from cpseg.accumulate import Evidence, Exact, Histogram
+from cpseg.calibrators import LocationClusters, Origin
 from cpseg.errors import InputError, StateError
 from cpseg.quantile import MAX_UNITS, UNIT_MASS
-from cpseg.tuning import GroupClusters, InterpolatedQuantile, annuli, cluster_locations
+from cpseg.tuning import (
+    GroupClusters,
+    InterpolatedQuantile,
+    _curves,
+    annuli,
+    cluster_locations,
+)
 
 C, H, W, G = 3, 4, 5, 2  # all different
 GRID = torch.arange(H * W).view(H, W) % 7 % G
+OTHER_DATA = Origin("other", "LAC()", "image", ("class",))
 CLUSTERS = LocationClusters(torch.arange(H * W).view(H, W) % 4)
 
 KINDS: dict[str, Callable[..., Any]] = {
@@ -332,6 +341,50 @@ def test_location_forgets_only_what_no_level_can_reach(unit: str, max_alpha: flo
     assert len(kept) <= H * W * math.floor(max_alpha * 41 + 1e-9)
 
 
+@pytest.mark.parametrize("unit", ["image", "pixel"])
+@pytest.mark.parametrize(
+    ("max_alpha", "max_units"), [(0.2, 40), (0.3, 29), (0.05, 39), (0.05, 18), (0.1, 1000)]
+)
+def test_the_tail_kept_obeys_the_formula_in_bytes(
+    unit: Any, max_alpha: float, max_units: int
+) -> None:
+    calibrator = LocationCalibrator((H, W), max_alpha=max_alpha, max_units=max_units, unit=unit)
+    images = min(max_units, 60)
+    logits = torch.randn(images, C, H, W, generator=torch.Generator().manual_seed(0))
+    calibrator.update(logits, torch.zeros(images, H, W).long())  # no two scores are equal
+    state = calibrator.state_dict()
+    size = sum(
+        entry.numel() * entry.element_size()
+        for name in ("own.keys", "own.mass")
+        if isinstance(entry := state[name], Tensor)
+    )
+    k = math.floor(Fraction(str(max_alpha)) * (max_units + 1))
+    assert size == 16 * H * W * min(k, images)
+
+
+def test_clusters_are_found_from_the_tail_as_from_everything() -> None:
+    # As many images as the tail was sized for: one score more would be asked for by alpha * n.
+    batch = (
+        data(30, seed=3)[0],
+        torch.randint(0, C, (30, H, W), generator=torch.Generator().manual_seed(4)),
+    )
+    tail = LocationCalibrator((H, W), max_alpha=0.2, max_units=30).update(*batch)
+    whole = LocationCalibrator((H, W), max_alpha=0.99, max_units=30).update(*batch)
+    levels: list[Fraction | float] = [Fraction(4, 5), 0.85, 0.9, 0.95]
+    curves = [_curves(each.evidence()[0], levels) for each in (tail, whole)]
+    assert torch.equal(*curves)
+    for column, value in enumerate(levels[:-1]):
+        alpha = float(1 - Fraction(str(value)))
+        assert torch.equal(curves[0][:, column], whole.evidence()[0].quantiles([alpha] * H * W))
+    highest = LAC().of_labels(*batch).amax(0).flatten()
+    single = _curves(
+        LocationCalibrator((H, W)).update(*(x[:1] for x in batch)).evidence()[0], [0.9]
+    )
+    assert torch.equal(single[:, 0], LAC().of_labels(*(x[:1] for x in batch)).flatten())
+    assert (curves[0] <= highest[:, None]).all()
+    assert torch.equal(cluster_locations(tail, 3).map, cluster_locations(whole, 3).map)
+
+
 # --- units in several tiles ----------------------------------------------------------------------
 
 
@@ -467,6 +520,9 @@ class Own:
     def tolerance(self, num_classes: int) -> float:
         del num_classes
         return 0.0
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.shift}, {self.ends})"
 
 
 class Misshapen(Own):
@@ -629,6 +685,329 @@ def test_other_bad_arguments_are_refused() -> None:
         assert str(caught.value).startswith(message)
 
 
+def test_arguments_of_a_wrong_kind_are_named_in_one_line() -> None:
+    any_score: Any = SplitCalibrator
+    location: Any = LocationCalibrator
+    rings: Any = annuli
+    seen: Any = SplitCalibrator(store="exact").update(*data(3))
+    cases: list[tuple[Callable[[], object], str]] = [
+        (lambda: any_score(LAC), "score must be an object; got the class LAC. Make one: LAC()"),
+        (
+            lambda: any_score("LAC"),
+            (
+                "score must have all that cpseg.protocols.Score names; got str without __call__, "
+                "of_labels, range, tolerance, follows_logits"
+            ),
+        ),
+        (
+            lambda: any_score(lambda logits: logits),
+            (
+                "score must have all that cpseg.protocols.Score names; got function without of_labels, "
+                "range, tolerance, follows_logits"
+            ),
+        ),
+        (
+            lambda: any_score(0.5),
+            (
+                "score must have all that cpseg.protocols.Score names; got float without __call__, "
+                "of_labels, range, tolerance, follows_logits"
+            ),
+        ),
+        (lambda: any_score(source=3), "source must be text or None; got int"),
+        (lambda: any_score(ignore_index=2.5), "ignore_index must be an integer; got 2.5"),
+        (lambda: any_score(ignore_index=True), "ignore_index must be an integer; got True"),
+        (lambda: location(8), "shape must hold one size per spatial axis, as (8, 8); got 8"),
+        (lambda: location("88"), "shape must hold one size per spatial axis, as (8, 8); got '88'"),
+        (lambda: location((8, 2.5)), "shape must be an integer >= 1; got 2.5"),
+        (
+            lambda: location((2,), clusters=torch.zeros(2).long()),
+            "clusters must be LocationClusters, as cpseg.tuning makes them, or None; got Tensor",
+        ),
+        (lambda: rings(8, 2), "shape must hold one size per spatial axis, as (8, 8); got 8"),
+        (lambda: rings((8,), "2"), "rings must be an integer >= 1; got '2'"),
+        (
+            lambda: see(seen, *data(2), 5),
+            "unit_ids must be several integers, or a tensor of them; got 5",
+        ),
+        (
+            lambda: see(seen, *data(2), "12"),
+            "unit_ids must be several integers, or a tensor of them; got '12'",
+        ),
+        (lambda: seen.close_units(5), "ids must be several integers, or a tensor of them; got 5"),
+        (
+            lambda: seen.compute("0.1"),
+            "alpha must be one number or one per class; got '0.1'",
+        ),
+        (
+            lambda: seen.compute(torch.tensor(0.1)),
+            "alpha must be one number or one per class; got Tensor",
+        ),
+        (
+            lambda: seen.compute(0.1, fallback=0.5),
+            'fallback must be None, "pooled" or an object that cpseg.tuning fitted; got float',
+        ),
+        (
+            lambda: seen.compute(0.1, fallback=InterpolatedQuantile),
+            (
+                'fallback must be None, "pooled" or an object that cpseg.tuning fitted; '
+                "got the class InterpolatedQuantile"
+            ),
+        ),
+        (
+            lambda: seen.compute(0.1, fallback="best"),
+            "fallback must be None, \"pooled\" or an object that cpseg.tuning fitted; got 'best'",
+        ),
+        (lambda: merge_all([3]), "accumulators must hold calibrators or metrics; got int"),  # type: ignore[type-var]
+        (lambda: merge_all([seen, "x"]), "accumulators must hold calibrators or metrics; got str"),
+        (lambda: merge_all(3), "accumulators must be several; got int"),  # type: ignore[arg-type]
+        (
+            lambda: merge_all([SplitCalibrator]),  # type: ignore[type-var]
+            "accumulators must hold calibrators or metrics; got the class SplitCalibrator",
+        ),
+        (lambda: gather([seen]), "accumulator must be a calibrator or metric; got list"),  # type: ignore[type-var]
+        (
+            lambda: InterpolatedQuantile.fit(seen, 0.1),
+            (
+                "tuning must be a ClassConditionalCalibrator or GroupCalibrator, which has groups; "
+                "got SplitCalibrator"
+            ),
+        ),
+        (
+            lambda: GroupClusters.fit(seen),
+            (
+                "tuning must be a ClassConditionalCalibrator or GroupCalibrator, which has groups; "
+                "got SplitCalibrator"
+            ),
+        ),
+        (
+            lambda: cluster_locations(seen, 2),
+            "tuning must be a LocationCalibrator; got SplitCalibrator",
+        ),
+        (
+            lambda: GroupClusters.fit(ClassConditionalCalibrator(3)),
+            (
+                "tuning must hold a group with 5 units or more; got at most 0. Lower min_units, or "
+                "take a larger split"
+            ),
+        ),
+        (
+            lambda: GroupClusters(torch.zeros(0).long(), OTHER_DATA),
+            "assignment must have shape (R,), R >= 1; got (0,)",
+        ),
+        (
+            lambda: GroupClusters.fit(ClassConditionalCalibrator(3), levels=0.5),  # type: ignore[arg-type]
+            "levels must be a list of numbers between 0 and 1; got 0.5",
+        ),
+    ]
+    before = merge_all([seen])
+    for call, message in cases:
+        with pytest.raises(InputError) as caught:
+            call()
+        assert str(caught.value) == message
+    assert same(seen, before)
+
+
+@pytest.mark.parametrize(
+    ("logits", "told"),
+    [
+        (torch.zeros(2, C, H, W).to_sparse(), "a dense tensor; got layout torch.sparse_coo"),
+        (torch.zeros(2, C, H, W, device="meta"), "hold data; got a tensor on the device meta"),
+    ],
+)
+def test_tensors_without_plain_values_are_refused(logits: Tensor, told: str) -> None:
+    with pytest.raises(InputError, match=f"^logits must (be|hold) .*{told.split(';')[1]}"):
+        SplitCalibrator().update(logits, torch.zeros(2, H, W, device=logits.device).long())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_labels_of_wide_unsigned_integers_are_refused_with_the_remedy(dtype: torch.dtype) -> None:
+    logits, labels = data(2)
+    with pytest.raises(InputError) as caught:
+        SplitCalibrator().update(logits, labels.to(dtype))
+    assert str(caught.value) == (
+        f"labels must be an integer tensor; got {dtype}. torch can hardly compute with it: "
+        "pass .long()"
+    )
+    assert same(
+        SplitCalibrator().update(logits, labels.to(dtype).long()),
+        SplitCalibrator().update(logits, labels),
+    )
+
+
+def test_numbers_of_numpy_and_fractions_are_numbers() -> None:
+    logits, labels = data(20)
+    made = ClassConditionalCalibrator(np.int64(C), ignore_index=np.uint8(255))  # type: ignore[arg-type]
+    made.update(logits, labels, np.arange(20).tolist())
+    plain = ClassConditionalCalibrator(C).update(logits, labels, list(range(20)))
+    assert same(made, plain)
+    for alpha in (np.float32(0.1), np.float64(0.1), np.float16(0.1), Fraction(1, 10)):
+        calibration = made.compute(alpha)  # type: ignore[arg-type]
+        assert calibration.alpha == 0.1
+        assert type(calibration.alpha) is float
+        assert torch.equal(calibration.thresholds, plain.compute(0.1).thresholds)
+    mixed = made.compute([np.float32(0.3), Fraction(1, 3), 0.1])  # type: ignore[list-item]
+    assert mixed.alpha == (0.3, 1 / 3, 0.1)
+    location = LocationCalibrator(np.array([H, W]), max_units=np.int32(9))  # type: ignore[arg-type]
+    assert same(location, LocationCalibrator((H, W), max_units=9))
+    ids = np.array([3, 4])
+    one, two = SplitCalibrator().update(*data(2), ids), SplitCalibrator().update(*data(2), [3, 4])  # type: ignore[arg-type]
+    assert same(one.close_units(ids), two.close_units([3, 4]))
+    scored = SplitCalibrator(APS(seed=np.int64(3)))  # type: ignore[arg-type]
+    assert same(scored, SplitCalibrator(APS(seed=3)))
+
+
+def test_limits_are_compared_as_decimals() -> None:
+    # 1 - 0.7 > 0.3 in binary, and 0.1 + 0.2 > 0.3.
+    tuning = LocationCalibrator((H, W), max_alpha=0.3).update(*data(40))
+    cluster_locations(tuning, 2, levels=[0.7, 0.9])
+    tuning.compute(Fraction(3, 10))
+    with pytest.raises(InputError, match=r"tuning must have max_alpha >= 0\.4 for these levels"):
+        cluster_locations(tuning, 2, levels=[0.6])
+    few = LocationCalibrator((H, W), max_units=3).update(*data(2))
+    with pytest.raises(InputError, match=r"max_alpha \* \(max_units \+ 1\) >= 1; got max_alpha"):
+        cluster_locations(few, 2)
+
+
+def test_the_line_says_how_a_calibrator_was_made_and_what_it_has_seen() -> None:
+    seen = ClassConditionalCalibrator(C, APS()).update(*data(4), [1, 2, 1, 3]).close_units([2])
+    assert repr(seen) == (
+        "ClassConditionalCalibrator(score=APS(randomized=False, seed=0), unit='image', "
+        "store='histogram', ignore_index=255, source=None, num_classes=3): "
+        "3 units seen, 2 of them open"
+    )
+    pixels = repr(SplitCalibrator(unit="pixel").update(*data(4)))
+    assert pixels.endswith("source=None): 4 images, whose pixels are the units seen")
+    rings = repr(LocationCalibrator((H, W), annuli((H, W), 3)))
+    assert "clusters=LocationClusters(3 clusters of (4, 5) locations)" in rings
+    for kind in KINDS.values():
+        assert "\n" not in repr(kind())
+
+
+def test_merging_other_clusters_is_refused_without_the_map() -> None:
+    one, two = torch.zeros(60, 60).long(), torch.zeros(60, 60).long()
+    one[0], two[1] = 1, 1
+    first, second = (LocationCalibrator((60, 60), LocationClusters(m)) for m in (one, two))
+    with pytest.raises(InputError) as refusal:
+        first.merge(second)
+    assert str(refusal.value) == (
+        "other must have clusters = LocationClusters(2 clusters of (60, 60) locations) to be "
+        "merged; got another one"
+    )
+
+
+def test_a_state_that_is_not_whole_is_refused_in_one_line() -> None:
+    for kind, build in KINDS.items():
+        calibrator = see(build(), *data(4))
+        whole = calibrator.state_dict()
+        for name, value in whole.items():
+            wrong: list[object] = [None, "text", [], 2.5, torch.tensor(0.5)]
+            if isinstance(value, Tensor):
+                wrong += [value.float(), *([value[:0]] if len(value) > 1 else [])]
+            for bad in [{key: whole[key] for key in whole if key != name}] + [
+                {**whole, name: other}
+                for other in wrong
+                if not (name == "num_classes" and other is None)
+            ]:
+                with pytest.raises(InputError) as refusal:
+                    type(calibrator).from_state_dict(bad)
+                assert str(refusal.value).startswith("state must")
+                assert "\n" not in str(refusal.value)
+        assert same(type(calibrator).from_state_dict(whole), calibrator)
+        if kind != "split":
+            unpooled = {key: whole[key] for key in whole if not key.startswith("pooled.")}
+            with pytest.raises(InputError, match="state must be what state_dict returned"):
+                type(calibrator).from_state_dict(unpooled)
+    with pytest.raises(InputError, match="state must be a mapping; got list"):
+        SplitCalibrator.from_state_dict([])  # type: ignore[arg-type]
+
+
+class Silent(Own):
+    __repr__ = object.__repr__
+
+
+class Layered(torch.nn.Module):
+    """A score with weights, of which its text tells nothing."""
+
+    follows_logits = True
+    of_labels = range = tolerance = Own.tolerance
+
+
+class Addressed(Own):
+    def __repr__(self) -> str:
+        return f"Addressed({object.__repr__(self)})"
+
+
+@pytest.mark.parametrize("score", [Silent(), Layered(), Addressed()], ids=["default", "nn", "at"])
+def test_a_score_that_does_not_say_what_it_is_is_refused(score: Any) -> None:
+    for kind in KINDS.values():
+        with pytest.raises(InputError) as refusal:
+            kind(score=score, store="exact")
+        assert str(refusal.value).startswith("score must say what its parameters are; got ")
+        assert "frozen dataclass, or give it a __repr__" in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+
+
+def test_scores_of_ones_own_that_differ_are_neither_merged_nor_loaded() -> None:
+    one, two = (SplitCalibrator(Own(shift), store="exact") for shift in (0.0, 1.0))
+    with pytest.raises(
+        InputError, match=r"other must have score = Own\(0\.0, None\) .*; got Own\(1"
+    ):
+        one.merge(two)
+    with pytest.raises(
+        InputError, match=r"score must be .*Own\(0\.0, None\), which made this; got"
+    ):
+        SplitCalibrator.from_state_dict(one.state_dict(), score=Own(1.0))
+
+
+# --- the default dtype ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("store", ["exact", "histogram"])
+@pytest.mark.parametrize("score", [LAC(), APS(randomized=True), TopK()], ids=repr)
+def test_the_default_dtype_changes_nothing(kind: str, store: str, score: Any) -> None:
+    logits, labels = data(12)
+    other = data(28, seed=1)
+
+    def run() -> list[Any]:
+        rest = {"score": score, "store": store}
+        calibrator = see(KINDS[kind](**rest), logits, labels)
+        tuning = see(KINDS[kind](**rest), *other)
+        found: list[Any] = [calibrator.state_dict()]
+        fallbacks: list[Any] = [None, "pooled"]
+        if "class" in kind or kind == "group":
+            fallbacks += [
+                InterpolatedQuantile.fit(tuning, 0.05),
+                GroupClusters.fit(tuning, 2, min_units=1),
+            ]
+        if kind == "location":
+            clusters = cluster_locations(tuning, 3)
+            found.append({"map": clusters.map, "rings": annuli((H, W), 3).map})
+        for fallback in fallbacks:
+            calibration = calibrator.compute(0.05, fallback=fallback)
+            names = ("thresholds", "num_units", "num_pixels", "fallback_groups", "max_share")
+            found.append({name: getattr(calibration, name) for name in names})
+            assert calibration.thresholds.dtype == torch.float32
+        again = type(calibrator).from_state_dict(calibrator.state_dict())
+        found.append(merge_all([again, tuning]).state_dict())
+        return found
+
+    plain = run()
+    torch.set_default_dtype(torch.float64)
+    try:
+        double = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, two in zip(plain, double, strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            if isinstance(value, Tensor):
+                assert value.dtype == two[name].dtype, name
+                assert torch.equal(value, two[name]), name
+            else:
+                assert value == two[name], name
+
+
 # --- fallbacks -----------------------------------------------------------------------------------
 
 
@@ -676,7 +1055,7 @@ def test_a_clusters_threshold_is_the_definition(alpha: float) -> None:
     calibrator = ClassConditionalCalibrator(classes, store="exact").update(*rare(60, classes, 0))
     own, pooled = calibrator.evidence()
     assignment = torch.tensor([0, 1, 0, 1, 1])
-    found = GroupClusters(assignment, "other").thresholds(own, pooled, [alpha] * classes)
+    found = GroupClusters(assignment, OTHER_DATA).thresholds(own, pooled, [alpha] * classes)
     logits, labels = rare(60, classes, 0)
     scores = LAC().of_labels(logits, labels)
     for cluster in (0, 1):
@@ -707,33 +1086,117 @@ def test_a_cluster_with_more_pairs_than_int64_has_mass_for_is_refused() -> None:
     own, pooled = calibrator.evidence()
     own.num_units.fill_(MAX_UNITS // 2)
     with pytest.raises(InputError, match="Fit more clusters"):
-        GroupClusters(torch.zeros(C).long(), "other").thresholds(own, pooled, [0.1] * C)
+        GroupClusters(torch.zeros(C).long(), OTHER_DATA).thresholds(own, pooled, [0.1] * C)
 
 
-def test_interpolation_covers_the_tuning_split() -> None:
-    tuning = ClassConditionalCalibrator(4, store="exact").update(*rare(60, 4, 1))
-    fitted = InterpolatedQuantile.fit(tuning, 0.1)
-    logits, labels = rare(60, 4, 1)
+def shares(scores: Tensor, labels: Tensor, k: int, above: float) -> list[Fraction]:
+    """Share of class k that each image with it has above a threshold."""
+    held = [s[y == k].tolist() for s, y in zip(scores, labels, strict=True) if (y == k).any()]
+    return [Fraction(sum(value > above for value in image), len(image)) for image in held]
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.15, 0.3])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_interpolation_is_the_definition(alpha: float, seed: int) -> None:
+    classes = 4
+    logits, labels = rare(60, classes, seed)
+    logits[:, 1] -= 2  # a hard class
     scores = LAC().of_labels(logits, labels)
-    base = float(tuning.evidence()[1].quantiles([0.1])[0])
+    tuning = ClassConditionalCalibrator(classes, store="exact").update(logits, labels)
+    fitted = InterpolatedQuantile.fit(tuning, alpha)
+    own, pooled = tuning.evidence()
+    base = float(pooled.quantiles([alpha])[0])
+    exact = own.quantiles([alpha] * classes).tolist()
+    cap = max(base, *(value for value in exact if math.isfinite(value)))
+    assert fitted.cap == cap
+    assert math.isinf(exact[-1])  # the rare one decides nothing
+    largest = [float(scores[labels == k].max()) for k in range(classes)]
 
-    def macro(weight: float) -> float:
-        trial = base + weight * max(fitted.cap - base, 0.0)
-        missed = [
-            sum(
-                float((s[y == k] > trial).float().mean())
-                for s, y in zip(scores, labels, strict=True)
-                if (y == k).any()
-            )
-            / sum(bool((y == k).any()) for y in labels)
-            for k in range(4)
-        ]
-        return sum(missed) / 4
+    def missed(step: int) -> Fraction:
+        total = Fraction(0)
+        hard = [k for k in range(classes) if base < exact[k] < math.inf]
+        for k in hard:
+            above = base + step / 20 * (max(base, min(largest[k], cap)) - base)
+            lost = shares(scores, labels, k, above)
+            total += (sum(lost, Fraction(0)) + 1) / (len(lost) + 1)
+        return total / len(hard)
 
-    assert macro(fitted.weight) <= 0.1 + 1e-6 or fitted.weight == 1.0
-    assert fitted.weight == 0 or macro(fitted.weight - 0.05) > 0.1 - 1e-6
-    with pytest.raises(InputError, match=r"alpha must be 0\.1, for which the fallback was fitted"):
-        ClassConditionalCalibrator(4).update(*rare(9, 4, 0)).compute(0.2, fallback=fitted)
+    step = round(fitted.weight * 20)
+    assert float(missed(step)) <= alpha + 1e-6
+    assert step == 0 or float(missed(step - 1)) > alpha - 1e-6
+    assert step > 0  # or the classes are too easy for this test
+
+
+def test_a_starved_groups_largest_score_stands_for_its_quantile() -> None:
+    fitted = InterpolatedQuantile(0.1, 0.5, 0.75, OTHER_DATA)
+    own, pooled = (
+        Evidence(Exact(4), by_unit=True, device="cpu"),
+        Evidence(Exact(1), by_unit=True, device="cpu"),
+    )
+    scores = torch.full((9, 1), 0.25)
+    pooled.add(scores, torch.zeros(9, 1).long(), scores > 0, None)
+    for row, highest in ((0, 0.5), (1, 0.125), (2, 0.875)):  # row 3 is never seen
+        place = torch.full((1, 2), row)
+        own.add(torch.tensor([[highest, 0.0]]), place, place >= 0, None)
+    found = fitted.thresholds(own, pooled, [0.1] * 4)
+    # Half of the way from 0.25 to: its own; the pooled one, never below; the cap; the cap.
+    assert found.tolist() == [0.375, 0.25, 0.5, 0.5]
+    histogram = Histogram(4, 0.0, 1.0)
+    histogram.absorb({"mass+": torch.zeros(4 * histogram.num_cells, dtype=torch.int64)})
+    empty = Evidence(histogram, by_unit=True, device="cpu")
+    assert fitted.thresholds(empty, pooled, [0.1] * 4).tolist() == [0.5] * 4
+
+
+def test_interpolation_serves_one_level_and_says_so() -> None:
+    fitted = InterpolatedQuantile.fit(ClassConditionalCalibrator(4).update(*rare(60, 4, 1)), 0.1)
+    calibrator = ClassConditionalCalibrator(4).update(*rare(9, 4, 0))
+    for alpha in (0.2, [0.1, 0.1, 0.2, 0.1]):
+        with pytest.raises(InputError) as refusal:
+            calibrator.compute(alpha, fallback=fitted)
+        assert str(refusal.value) == (
+            "alpha must be 0.1, the one level for which the fallback was fitted; got 0.2. "
+            "Fit another fallback for another level"
+        )
+    assert torch.equal(
+        calibrator.compute(Fraction(1, 10), fallback=fitted).thresholds,
+        calibrator.compute(0.1, fallback=fitted).thresholds,
+    )
+
+
+def test_interpolation_covers_hard_starved_classes_better_than_pooling_and_stays_useful() -> None:
+    # Ten classes, the odd ones hard; in calibration all but the first four are in three images.
+    classes, alpha, covered, size = 10, 0.1, dict.fromkeys(("pooled", "interpolated"), 0.0), 0.0
+
+    def draw(images: int, seed: int, *, scarce: bool) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(0, 4 if scarce else classes, (images, 40), generator=generator)
+        if scarce:
+            for k in range(4, classes):
+                labels[3 * k - 12 : 3 * k - 9, :10] = k
+        skill = torch.where(labels % 2 == 1, 1.5, 4.0)
+        skill = skill + torch.randn(images, 1, generator=generator)
+        hot = torch.nn.functional.one_hot(labels, classes).movedim(-1, 1)
+        noise = torch.randn(images, classes, 40, generator=generator)
+        return noise + skill[:, None] * hot, labels
+
+    draws = 20
+    for seed in range(draws):
+        tuning = ClassConditionalCalibrator(classes).update(*draw(60, 3 * seed, scarce=False))
+        fitted = InterpolatedQuantile.fit(tuning, alpha)
+        calibrator = ClassConditionalCalibrator(classes)
+        calibrator.update(*draw(60, 3 * seed + 1, scarce=True))
+        logits, labels = draw(30, 3 * seed + 2, scarce=False)
+        hard = (labels % 2 == 1) & (labels >= 4)
+        fallbacks: list[tuple[str, Any]] = [("pooled", "pooled"), ("interpolated", fitted)]
+        for name, fallback in fallbacks:
+            calibration = calibrator.compute(alpha, fallback=fallback)
+            assert calibration.fallback_groups.tolist() == [False] * 4 + [True] * 6
+            sets = PixelSetPredictor(calibration)(logits)
+            covered[name] += float(sets.gather(1, labels[:, None])[:, 0][hard].float().mean())
+            if name == "interpolated":
+                size += float(sets.sum(1).float().mean()) / draws
+    assert covered["interpolated"] / draws > covered["pooled"] / draws + 0.05
+    assert size < 0.5 * classes
 
 
 def test_what_was_fitted_on_the_very_data_is_refused() -> None:
@@ -742,7 +1205,7 @@ def test_what_was_fitted_on_the_very_data_is_refused() -> None:
         with pytest.raises(InputError, match="fallback must be fitted on a split of its own"):
             calibrator.compute(0.1, fallback=fallback)
         merge_all([calibrator]).update(*rare(9, 4, 3)).compute(0.1, fallback=fallback)
-    tuning = LocationCalibrator((H, W), max_alpha=0.5).update(*data(40))
+    tuning = LocationCalibrator((H, W)).update(*data(40))
     clusters = cluster_locations(tuning, 3)
     with pytest.raises(InputError, match="clusters must be fitted on a split of their own"):
         LocationCalibrator((H, W), clusters).update(*data(40)).compute(0.1)
@@ -755,6 +1218,50 @@ def test_what_was_fitted_on_the_very_data_is_refused() -> None:
             )
         ].view(H, W),
     )
+
+
+def test_what_was_fitted_in_another_way_is_refused() -> None:
+    batch, other = rare(60, 4, 0), rare(60, 4, 1)
+    calibrator = ClassConditionalCalibrator(4).update(*batch)
+    groups = torch.arange(30) % 4
+    wrong: list[tuple[Any, str]] = [
+        (ClassConditionalCalibrator(4, APS()).update(*other), r"score LAC\(\), .*; got APS\(rand"),
+        (ClassConditionalCalibrator(4, unit="pixel").update(*other), "unit image, .*; got pixel"),
+        (
+            GroupCalibrator(4).update(*other, groups),
+            r"axes \('class',\), the calibrator's; got \('group',\)",
+        ),
+    ]
+    for tuning, told in wrong:
+        for fallback in (InterpolatedQuantile.fit(tuning, 0.1), GroupClusters.fit(tuning, 1)):
+            with pytest.raises(InputError, match=f"^fallback must be fitted with {told}"):
+                calibrator.compute(0.1, fallback=fallback)
+    clusters = cluster_locations(LocationCalibrator((H, W)).update(*data(40)), 3)
+    with pytest.raises(InputError, match="clusters must be fitted with score APS"):
+        LocationCalibrator((H, W), clusters, score=APS())
+    with pytest.raises(InputError, match="clusters must be fitted with unit pixel"):
+        LocationCalibrator((H, W), clusters, unit="pixel")
+
+
+@pytest.mark.parametrize("score", [LAC(), TopK()], ids=repr)
+def test_a_fingerprint_is_of_the_very_data(score: Any) -> None:
+    # Saturated logits: every score is the same number, and the labels are as often each class.
+    labels = torch.arange(C).repeat(20)[: H * W * 2].view(2, H, W)
+    logits = 90.0 * torch.nn.functional.one_hot(labels, C).movedim(-1, 1)
+    other = logits * torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)
+    assert torch.equal(score.of_labels(logits, labels), score.of_labels(other, labels))
+    one = SplitCalibrator(score).update(logits, labels).fingerprint
+    assert SplitCalibrator(score).update(other, labels).fingerprint != one
+    assert ClassConditionalCalibrator(C, score).update(logits, labels).fingerprint == one
+    turned = SplitCalibrator(score).update(logits[:1], labels[:1])
+    assert turned.fingerprint != one
+    assert turned.update(logits[1:].double(), labels[1:].int()).fingerprint == one
+    # Two pixels' labels exchanged, or their logits, are other data.
+    swapped = labels.clone()
+    swapped[0, 0, 0], swapped[0, 0, 1] = labels[0, 0, 1], labels[0, 0, 0]
+    noisy = torch.randn(2, C, H, W, generator=torch.Generator().manual_seed(0))
+    marks = {SplitCalibrator(score).update(noisy, y).fingerprint for y in (labels, swapped)}
+    assert len(marks) == 2
 
 
 def test_the_sentence_speaks_of_what_is_promised() -> None:
@@ -820,6 +1327,8 @@ def test_an_interrupted_update_is_not_half_counted_in_silence(
         calibrator.state_dict,
         lambda: see(calibrator, logits, labels),
         lambda: merge_all([calibrator]),
+        lambda: calibrator.merge(KINDS[kind](**how)),
+        lambda: KINDS[kind](**how).merge(calibrator),
     ):
         with pytest.raises(StateError, match="an update was interrupted"):
             use()

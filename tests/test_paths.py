@@ -131,14 +131,16 @@ def assert_covered_stays(score: Score, ways: dict[str, dict[str, Any]], kind: st
                 assert (kept | ~covered).all(), (start, end, alpha)
 
 
-@dataclass(frozen=True)
 class Seen:
     """A path's scores, computed once."""
 
-    path: Path
-    every: Tensor
-    own: Tensor
-    follows_logits: bool = True
+    follows_logits = True
+
+    def __init__(self, path: Path, every: Tensor, own: Tensor) -> None:
+        self.path, self.every, self.own = path, every, own
+
+    def __repr__(self) -> str:
+        return "Seen()"  # never merged or saved
 
     def __call__(self, logits: Tensor) -> Tensor:
         del logits

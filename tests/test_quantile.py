@@ -1,10 +1,12 @@
 """Ranks, budgets and quantiles, against exact fractions and plain sorts."""
 
+from decimal import Decimal
 from fractions import Fraction
 from math import ceil, inf
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -323,3 +325,39 @@ def test_mass_above_is_right_where_the_running_total_wraps() -> None:
 
 def test_a_full_accumulator_fits_in_int64() -> None:
     assert MAX_UNITS * UNIT_MASS < 2**63
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, float])
+def test_a_float_means_the_decimal_it_prints_as_whatever_its_precision(kind: Any) -> None:
+    for percent in range(1, 100):
+        assert level(kind(percent / 100)) == Fraction(percent, 100)
+    assert conformal_rank(999, kind(0.059)) == 941
+
+
+def test_a_fraction_means_itself() -> None:
+    assert level(Fraction(1, 3)) == Fraction(1, 3)
+    assert conformal_rank(2, Fraction(1, 3)) == 2  # a third of three; 0.333... would be 3
+    assert conformal_rank(2, 1 / 3) == 3
+    assert budget(Fraction(1, 3), 2) == 0
+
+
+@pytest.mark.parametrize(
+    ("alpha", "told"),
+    [
+        ("0.1", "'0.1'"),
+        (Decimal("0.1"), "Decimal('0.1')"),
+        (torch.tensor(0.1), "Tensor"),
+        (float, "the class float"),
+        (Fraction(3, 2), "Fraction(3, 2)"),
+    ],
+)
+def test_what_is_no_level_is_refused(alpha: Any, told: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        level(alpha)
+    assert str(refusal.value) == f"alpha must lie strictly between 0 and 1; got {told}"
+
+
+@pytest.mark.parametrize("n", [-1, 2.0, True, "9", torch.tensor(9)])
+def test_what_is_no_count_is_refused(n: Any) -> None:
+    with pytest.raises(InputError, match="n must be an integer >= 0; got "):
+        conformal_rank(n, 0.1)
