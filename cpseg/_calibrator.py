@@ -201,7 +201,7 @@ class AnyCalibrator:
             return None
         if self.unit == "pixel":
             raise InputError('unit_ids must be None with unit="pixel": every pixel is a unit')
-        ids = _ids("unit_ids", unit_ids)
+        ids = _checks.check_ids("unit_ids", unit_ids)
         if len(ids) != batch:
             raise InputError(f"unit_ids must have one id per batch entry, {batch}; got {len(ids)}")
         late = sorted(self._closed.intersection(ids))
@@ -273,7 +273,7 @@ class AnyCalibrator:
             InputError: If the ids are no integers.
             StateError: If an id is not open.
         """
-        closing = _ids("ids", ids)
+        closing = _checks.check_ids("ids", ids)
         unknown = sorted(set(closing) - self._open)
         if unknown:
             raise StateError(f"ids must be open units; got {unknown[:5]}")
@@ -637,25 +637,6 @@ def _check_state(state: Mapping[str, object]) -> None:
         wanted = torch.float64 if name == "max_share" else torch.int64
         if isinstance(value, Tensor) and value.dtype != wanted:
             raise InputError(f"state must hold {name!r} as {wanted}; got {value.dtype}")
-
-
-def _ids(name: str, ids: Iterable[int] | Tensor) -> list[int]:
-    """Unit ids as Python integers; a tensor must be on the CPU, so that nothing waits."""
-    if isinstance(ids, Tensor):
-        _checks.check_integers(name, ids)
-        if ids.ndim != 1 or ids.device.type != "cpu":
-            raise InputError(
-                f"{name} must have one axis and be on the CPU; "
-                f"got {_checks.describe(ids.shape)} on {ids.device}"
-            )
-        return cast("list[int]", ids.tolist())
-    if isinstance(ids, str | bytes) or not isinstance(cast("object", ids), Iterable):
-        raise InputError(f"{name} must be several integers, or a tensor of them; got {ids!r}")
-    listed = [_checks.check_integer(name, unit) for unit in ids]
-    for unit in listed:
-        if not -(2**63) <= unit < 2**63:
-            raise InputError(f"{name} must fit in int64; got {unit}")
-    return listed
 
 
 def check_batch(logits: Tensor, labels: Tensor, num_classes: int | None) -> None:

@@ -121,6 +121,25 @@ def check_integer(name: str, value: object, minimum: int | None = None) -> int:
     return number
 
 
+def check_ids(name: str, ids: Iterable[int] | Tensor) -> list[int]:
+    """Unit ids as Python integers; a tensor must be on the CPU, so that nothing waits."""
+    if isinstance(ids, Tensor):
+        check_integers(name, ids)
+        if ids.ndim != 1 or ids.device.type != "cpu":
+            raise InputError(
+                f"{name} must have one axis and be on the CPU; "
+                f"got {describe(ids.shape)} on {ids.device}"
+            )
+        return cast("list[int]", ids.tolist())
+    if isinstance(ids, str | bytes) or not isinstance(cast("object", ids), Iterable):
+        raise InputError(f"{name} must be several integers, or a tensor of them; got {ids!r}")
+    listed = [check_integer(name, unit) for unit in ids]
+    for unit in listed:
+        if not -(2**63) <= unit < 2**63:
+            raise InputError(f"{name} must fit in int64; got {unit}")
+    return listed
+
+
 def check_shape(name: str, value: object) -> tuple[int, ...]:
     """Sizes of a grid, one integer >= 1 per spatial axis."""
     if isinstance(value, str | Tensor) or not isinstance(value, Iterable):

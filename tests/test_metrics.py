@@ -4,6 +4,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +19,8 @@ from cpseg.metrics import (
     SelectiveAccuracy,
     SetSize,
     StratifiedCoverage,
+    _bootstrap,
+    _pixels,
     boundary_strata,
     interval_names,
     object_size_strata,
@@ -373,8 +376,8 @@ def test_the_seed_and_nothing_else_decides_the_interval() -> None:
 
 def test_resampling_in_blocks_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     metric = Coverage(C).update(*sets_of(11, 8, 6))
-    monkeypatch.setattr(metrics, "_BLOCK", 40)
-    blocks = [*metrics._Bootstrap(23, 0.9, 0).weights(8)]
+    monkeypatch.setattr(_bootstrap, "BLOCK", 40)
+    blocks = [*_bootstrap.Bootstrap(23, 0.9, 0).weights(8)]
     assert [len(block) for block in blocks] == [5, 5, 5, 5, 3]
     assert all(block.sum(1).tolist() == [8.0] * len(block) for block in blocks)
     assert metric.compute(resamples=23).overall.mean_of_images.low.isfinite()
@@ -400,7 +403,7 @@ def test_counts_past_float32_are_exact() -> None:
     size = 2**24 + 1
     index = torch.zeros(1, 1, dtype=torch.int64).expand(1, size)
     every = torch.ones(1, 1, dtype=torch.bool).expand(1, size)
-    counts = metrics._count(index, every, 2)
+    counts = _pixels.tally(index, 2)
     assert counts.dtype == torch.int64
     assert counts.tolist() == [[2**24 + 1, 0]]
     labels = torch.zeros(1, 1, dtype=torch.uint8).expand(1, size)
@@ -515,3 +518,142 @@ def test_bad_input_gets_one_line(call: Callable[[], object], message: str) -> No
     with pytest.raises(InputError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def tagged(metric: Metric, batch: Batch, ids: list[int], places: list[int]) -> Metric:
+    """The metric after an update with these entries of a batch, in this order."""
+    return metric.update(*(x[places] for x in batch), unit_ids=[ids[i] for i in places])
+
+
+@every_metric
+@given(
+    ids=st.lists(st.integers(-2, 2), min_size=7, max_size=7),
+    cuts=st.lists(st.integers(0, 7), max_size=4),
+    order=st.randoms(use_true_random=False),
+)
+@settings(max_examples=15, deadline=None)
+def test_any_cut_of_tiles_gives_the_same_report(
+    make: Callable[[], Metric],
+    data: Callable[..., Batch],
+    ids: list[int],
+    cuts: list[int],
+    order: Any,
+) -> None:
+    batch, places = data(1, 7, 5, 2), [*range(7)]
+    whole = tagged(make(), batch, ids, places)
+    order.shuffle(places)
+    ends = [0, *sorted(cuts), 7]
+    parts: list[Metric] = []
+    for start, end in pairwise(ends):
+        into = order.choice(parts) if parts and order.random() < 0.5 else make()
+        parts = [*(p for p in parts if p is not into), into]
+        tagged(into, batch, ids, places[start:end])
+    order.shuffle(parts)
+    merged = make()
+    for part in parts:
+        merged.merge(type(part).from_state_dict(part.state_dict()))
+    assert flat([*merged.state_dict().values()]) == flat([*whole.state_dict().values()])
+    assert report_of(merged) == report_of(whole)
+    assert len(whole.state_dict()["rows"]) <= len(set(ids))
+
+
+@every_metric
+def test_tiles_of_a_unit_are_the_unit(
+    make: Callable[[], Metric], data: Callable[..., Batch]
+) -> None:
+    batch = data(1, 6, 4, 3)
+    joined = [x.view(2, 3, *x.shape[1:]).movedim(1, -1) for x in batch]  # tiles as one more axis
+    found = make().update(*batch, unit_ids=[5, 5, 5, 9, 9, 9])
+    assert report_of(found) == report_of(make().update(*joined))
+    # Ids that all differ say what no ids say, whatever they are.
+    some = torch.tensor([3, -1, 2**62, 8, 0, 7])
+    assert report_of(make().update(*batch, unit_ids=some)) == report_of(make().update(*batch))
+    again = type(found).from_state_dict(found.state_dict()).merge(found)
+    assert len(again.state_dict()["rows"]) == 2
+    assert again.state_dict()["unit_ids"].tolist() == [5, 9]
+    assert torch.equal(again.state_dict()["rows"], 2 * found.state_dict()["rows"])
+
+
+def test_weights_are_drawn_once_for_all_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    weights = _bootstrap.Bootstrap.weights
+
+    def counted(self: _bootstrap.Bootstrap, n: int) -> Any:
+        drawn.append(n)
+        return weights(self, n)
+
+    monkeypatch.setattr(_bootstrap.Bootstrap, "weights", counted)
+    for make, data in METRICS:
+        make().update(*data(0, 6, 5)).compute(resamples=3)
+    assert drawn == [6] * len(METRICS)
+
+
+STATE = Coverage(C).update(SETS, LABELS, unit_ids=[1, 2]).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: 5, r"^unit_ids must be several integers, or a tensor of them; got 5$"),
+        (lambda: [1], r"^unit_ids must have one id per batch entry, 2; got 1$"),
+        (lambda: "ab", r"^unit_ids must be several integers, or a tensor of them; got 'ab'$"),
+        (lambda: [True, 1], r"^unit_ids must be an integer; got True$"),
+        (lambda: [0.5, 1], r"^unit_ids must be an integer; got 0.5$"),
+        (lambda: [2**63, 1], r"^unit_ids must fit in int64; got 9223372036854775808$"),
+        (lambda: torch.ones(2), r"^unit_ids must be an integer tensor; got torch.float32$"),
+        (lambda: torch.ones(2, 1).long(), r"^unit_ids must have one axis and be on the CPU"),
+    ],
+)
+@every_metric
+def test_bad_ids_get_one_line_and_change_nothing(
+    make: Callable[[], Metric], data: Callable[..., Batch], call: Any, message: str
+) -> None:
+    metric = make()
+    with pytest.raises(InputError, match=message):
+        metric.update(*data(0, 2, 3), unit_ids=call())
+    assert report_of(metric) == report_of(make())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": None}, "state must hold rows as an int64 tensor of shape .* got NoneType"),
+        ({"unit_ids": [1, 2]}, "state must hold unit_ids as an int64 tensor .* got list"),
+        ({"unit_ids": torch.tensor([1, 1])}, "a row for each of its unit_ids, which differ"),
+        ({"unit_ids": torch.tensor([1, 2, 3])}, "got 3 ids and 2 rows"),
+        ({"num_classes": "x"}, "num_classes must be an integer >= 1; got 'x'"),
+    ],
+)
+def test_a_damaged_state_gets_one_line(change: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Coverage.from_state_dict({**STATE, **change})
+    for name in STATE:
+        with pytest.raises(InputError, match="state must be that of a Coverage; got"):
+            Coverage.from_state_dict({key: value for key, value in STATE.items() if key != name})
+    with pytest.raises(InputError, match="state must be that of a Coverage; got int"):
+        Coverage.from_state_dict(5)  # type: ignore[arg-type]
+
+
+def test_numpy_integers_are_integers() -> None:
+    classes: Any = np.int64(C)
+    void: Any = np.uint8(VOID)
+    ids: Any = np.array([4, 4])
+    few: Any = np.int32(2)
+    metric = Coverage(classes, void).update(SETS, LABELS, unit_ids=ids)
+    assert repr(metric) == "Coverage(num_classes=3, ignore_index=255)"
+    assert int(metric.compute(resamples=few).overall.num_images) == 1
+    assert torch.load(saved(metric.state_dict()), weights_only=True)["num_classes"] == C
+
+
+def saved(state: dict[str, object]) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return file
+
+
+def test_labels_of_unsigned_16_bits_get_one_line() -> None:
+    with pytest.raises(
+        InputError, match=r"^labels must be an integer tensor; got torch\.uint16\. "
+    ):
+        Coverage(C).update(SETS, LABELS.to(torch.uint16))
