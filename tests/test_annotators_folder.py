@@ -99,6 +99,60 @@ def test_every_image_is_in_the_index_and_unreadable_ones_are_named(tmp_path: Pat
     assert all((tmp_path / "cache" / path).exists() for path in index.values())
 
 
+def test_one_image_that_cannot_be_answered_stops_no_other(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    fill(images)
+    Image.new("I;16", (30, 20)).save(images / "deep.png")
+    Image.new("RGB", (2, 20)).save(images / "narrow.png")
+
+    def annotator(batch: torch.Tensor) -> torch.Tensor:
+        if batch.shape[-1] < 8:
+            raise InputError("images must be at least 8 wide\nfor this network; got 2")
+        return batch.float()
+
+    report = annotate_folder(images, CachedAnnotator(tmp_path / "cache", annotator, source="test"))
+    deep, narrow = report.unreadable
+    assert deep.startswith(f"{images / 'deep.png'}: an image must have 8 bits per channel;")
+    assert narrow == f"{images / 'narrow.png'}: images must be at least 8 wide"
+    index = json.loads((tmp_path / "cache" / "images.json").read_text())
+    assert len(index) == COUNT
+
+
+def test_an_image_too_large_to_be_honest_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = tmp_path / "images"
+    fill(images)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)  # 24 x 30 is more than twice that
+    cache = CachedAnnotator(tmp_path / "cache", lambda b: b.float(), source="test")
+    with pytest.warns(Image.DecompressionBombWarning):
+        report = annotate_folder(images, cache)
+    assert [line.split(":")[0] for line in report.unreadable] == [
+        str(images / name) for name in ("2.png", "4.png", "more/1.png", "more/3.png")
+    ]
+
+
+def test_a_form_that_does_not_fit_stops_at_the_first_image(tmp_path: Path) -> None:
+    fill(tmp_path / "images")
+    cache = CachedAnnotator(tmp_path / "cache", lambda b: b.float(), source="test", best=99)
+    with pytest.raises(FileError, match="at most the annotator's 3 classes"):
+        annotate_folder(tmp_path / "images", cache)
+
+
+def test_a_full_disk_is_no_unreadable_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "images")
+    cache = CachedAnnotator(tmp_path / "cache", lambda b: b.float(), source="test")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        annotate_folder(tmp_path / "images", cache)
+
+
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     cache = CachedAnnotator(tmp_path / "cache", lambda b: b.float(), source="test")
     with pytest.raises(FileError, match="must be a folder of images"):
@@ -141,7 +195,7 @@ def write_model(folder: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         torch.save(SEEM(config).state_dict(), folder / "seem.pt")
-    letters = "abcdefghijklmnopqrstuvwxyz."
+    letters = "abcdefghijklmnopqrstuvwxyz.-"
     pieces = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
@@ -187,8 +241,11 @@ def test_the_command_takes_class_names_and_a_checkpoint_to_a_cache(
     assert run(arguments(tmp_path, "--background", "sky", "--best", "1")) == 0
     assert f"made again: {tmp_path / 'cache' / victim}" in capsys.readouterr().err
     assert files(tmp_path / "cache") == before
-    with pytest.raises(FileError, match="it holds those of"):
+    with pytest.raises(FileError, match="cache is float16, all classes here"):
         run(arguments(tmp_path, "--background", "sky"))
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="device must be one that torch can use here"):
+            run(arguments(tmp_path, "--device", "cuda"))
     with pytest.raises(InputError, match="--background must be one of the classes"):
         run(arguments(tmp_path, "--background", "sea"))
 

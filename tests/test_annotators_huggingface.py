@@ -9,15 +9,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cpseg.annotators import Preprocessing
 from cpseg.annotators.huggingface import (
     MaskClassAnnotator,
-    Preprocessing,
     SemanticLogitsAnnotator,
     TextPromptAnnotator,
 )
-from cpseg.errors import InputError
+from cpseg.annotators.source import difference
+from cpseg.errors import FileError, InputError
 
 transformers: Any = pytest.importorskip("transformers")
+
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 16,
+    "eos_token_id": 63,
+}
+NORMAL = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
 
 
 def images(count: int = 2, height: int = 40, width: int = 56) -> Tensor:
@@ -68,6 +80,48 @@ def test_segformer_and_its_kind() -> None:
     torch.testing.assert_close(batch, expected)
 
 
+VIT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 64,
+    "patch_size": 16,
+    "num_labels": 5,
+    "use_auxiliary_head": False,
+}
+
+
+@pytest.mark.parametrize("kind", ["MobileViT", "Beit", "DPT", "UperNet"])
+def test_the_kin_of_segformer(kind: str) -> None:
+    own: dict[str, dict[str, Any]] = {
+        "MobileViT": {
+            "hidden_sizes": [8, 8, 8],
+            "neck_hidden_sizes": [4, 4, 8, 8, 8, 8, 16],
+            "aspp_out_channels": 8,
+            "num_labels": 5,
+        },
+        "Beit": VIT | {"out_indices": [1, 2, 3, 4], "use_absolute_position_embeddings": True},
+        "DPT": VIT
+        | {
+            "backbone_out_indices": [0, 1, 2, 3],
+            "neck_hidden_sizes": [8, 8, 8, 8],
+            "fusion_hidden_size": 8,
+        },
+        "UperNet": {
+            "backbone_config": swin(),
+            "hidden_size": 16,
+            "pool_scales": [1, 2],
+            "num_labels": 5,
+            "use_auxiliary_head": False,
+        },
+    }
+    config = getattr(transformers, f"{kind}Config")(**own[kind])
+    model = seeded(getattr(transformers, f"{kind}ForSemanticSegmentation"), config)
+    see = Preprocessing(size=(64, 64), bgr=kind == "MobileViT")
+    assert_annotates(SemanticLogitsAnnotator(model, see), 5)
+
+
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"out": x}, lambda x: {"logits": x}])
 def test_any_network_of_yours(wrap: Any) -> None:
     class Network(nn.Module):
@@ -77,18 +131,44 @@ def test_any_network_of_yours(wrap: Any) -> None:
     assert_annotates(SemanticLogitsAnnotator(Network(), Preprocessing()), 2)
 
 
-def mask2former() -> Any:
-    swin = transformers.SwinConfig(
+def swin() -> Any:
+    return transformers.SwinConfig(
         embed_dim=8,
         depths=[1, 1, 1, 1],
         num_heads=[1, 1, 1, 1],
         window_size=2,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
+
+
+def maskformer() -> Any:
+    detr = transformers.DetrConfig(
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_queries=6,
+    )
+    return seeded(
+        transformers.MaskFormerForInstanceSegmentation,
+        transformers.MaskFormerConfig(
+            backbone_config=swin(),
+            decoder_config=detr,
+            fpn_feature_size=32,
+            mask_feature_size=32,
+            num_labels=4,
+        ),
+    )
+
+
+def mask2former() -> Any:
     return seeded(
         transformers.Mask2FormerForUniversalSegmentation,
         transformers.Mask2FormerConfig(
-            backbone_config=swin,
+            backbone_config=swin(),
             feature_size=32,
             mask_feature_size=32,
             hidden_dim=32,
@@ -104,6 +184,8 @@ def mask2former() -> Any:
 
 
 def eomt() -> Any:
+    if not hasattr(transformers, "EomtForUniversalSegmentation"):
+        pytest.skip("transformers is older than EoMT")
     return seeded(
         transformers.EomtForUniversalSegmentation,
         transformers.EomtConfig(
@@ -121,17 +203,10 @@ def eomt() -> Any:
 
 
 def oneformer() -> Any:
-    swin = transformers.SwinConfig(
-        embed_dim=8,
-        depths=[1, 1, 1, 1],
-        num_heads=[1, 1, 1, 1],
-        window_size=2,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
     return seeded(
         transformers.OneFormerForUniversalSegmentation,
         transformers.OneFormerConfig(
-            backbone_config=swin,
+            backbone_config=swin(),
             num_queries=6,
             num_labels=4,
             hidden_dim=32,
@@ -155,7 +230,7 @@ def oneformer() -> Any:
     )
 
 
-@pytest.mark.parametrize("build", [mask2former, eomt, oneformer])
+@pytest.mark.parametrize("build", [maskformer, mask2former, eomt, oneformer])
 @pytest.mark.parametrize(("mode", "classes"), [("none", 4), ("complement", 5), ("void", 5)])
 def test_mask_class_models(build: Any, mode: Any, classes: int) -> None:
     inputs = {"task_inputs": torch.arange(7)[None]} if build is oneformer else None
@@ -164,18 +239,16 @@ def test_mask_class_models(build: Any, mode: Any, classes: int) -> None:
     )
     batch = assert_annotates(label, classes)
     torch.testing.assert_close(batch.exp().sum(1), torch.ones(2, 40, 56))
+    assert f'mode="{mode}"' in label.source
+
+
+def test_an_unknown_mode_or_background_is_refused() -> None:
+    for options in ({"mode": "raw"}, {"mode": "void", "background": 0.0}, {"background": -1}):
+        with pytest.raises(InputError, match=r"(mode|background) must be"):
+            MaskClassAnnotator(nn.Linear(1, 1), Preprocessing(), **options)
 
 
 def clipseg() -> Any:
-    text = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": 64,
-        "max_position_embeddings": 16,
-        "eos_token_id": 63,
-    }
     vision = {
         "hidden_size": 32,
         "intermediate_size": 32,
@@ -185,7 +258,7 @@ def clipseg() -> Any:
         "patch_size": 16,
     }
     config = transformers.CLIPSegConfig(
-        text_config=text,
+        text_config=TEXT,
         vision_config=vision,
         projection_dim=16,
         extract_layers=[0, 1, 2],
@@ -197,15 +270,6 @@ def clipseg() -> Any:
 
 
 def groupvit() -> Any:
-    text = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": 64,
-        "max_position_embeddings": 16,
-        "eos_token_id": 63,
-    }
     vision = {
         "hidden_size": 32,
         "intermediate_size": 32,
@@ -217,12 +281,14 @@ def groupvit() -> Any:
         "patch_size": 16,
     }
     config = transformers.GroupViTConfig(
-        text_config=text, vision_config=vision, projection_dim=16, projection_intermediate_dim=16
+        text_config=TEXT, vision_config=vision, projection_dim=16, projection_intermediate_dim=16
     )
     return seeded(transformers.GroupViTModel, config)
 
 
 def sam3() -> Any:
+    if not hasattr(transformers, "Sam3Model"):
+        pytest.skip("transformers is older than SAM 3")
     vision = {
         "backbone_config": {
             "model_type": "sam3_vit_model",
@@ -239,16 +305,7 @@ def sam3() -> Any:
         "fpn_hidden_size": 32,
         "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
     }
-    text = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": 64,
-        "max_position_embeddings": 16,
-        "projection_dim": 32,
-        "eos_token_id": 63,
-    }
+    text = TEXT | {"projection_dim": 32}
     small = {"hidden_size": 32, "intermediate_size": 32, "num_layers": 1, "num_attention_heads": 2}
     config = transformers.Sam3Config(
         vision_config=vision,
@@ -279,6 +336,41 @@ def test_text_prompted_models(build: Any, size: int, background: int | None) -> 
     )
     batch = assert_annotates(label, 3)
     torch.testing.assert_close(batch.exp().sum(1), torch.ones(2, 40, 56))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda t: tokens(t)["input_ids"], "input_ids and attention_mask; got Tensor"),
+        (lambda t: {"input_ids": tokens(t)["input_ids"]}, "without attention_mask"),
+        (lambda t: tokens(t) | {"input_ids": [[1, 2, 3]]}, "an integer tensor .* got list"),
+        (lambda t: tokens(["x" for _ in t]), "tell texts apart; 'sky' and 'cat' have the same ids"),
+        (lambda t: {k: v * 2 for k, v in tokens(t).items()}, r"ids in \[0, 64\)"),
+        (lambda t: tokens(t) | {"attention_mask": None}, "attention_mask of shape"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_right_is_refused(answer: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message) as refusal:
+        TextPromptAnnotator(
+            clipseg(), ["sky", "cat"], Preprocessing(), background=None, tokenizer=answer
+        )
+    assert "\n" not in str(refusal.value)
+
+
+def test_token_ids_are_in_the_source() -> None:
+    def shifted(texts: list[str]) -> dict[str, Tensor]:
+        given = tokens(texts)
+        ids = given["input_ids"]
+        return given | {"input_ids": torch.where((ids > 1) & (ids < 62), ids + 1, ids)}
+
+    sources = [
+        TextPromptAnnotator(
+            clipseg(), ["sky", "cat"], Preprocessing(), background=None, tokenizer=tokenizer
+        ).source
+        for tokenizer in (tokens, tokens, shifted)
+    ]
+    assert sources[0] == sources[1]
+    assert difference(sources[0], sources[2]).startswith("tokens is ")
 
 
 def test_clipseg_encodes_an_image_once_and_says_what_the_whole_model_says() -> None:
@@ -327,15 +419,165 @@ def test_models_come_back_from_a_folder(tmp_path: Path) -> None:
     [
         ({"size": {"shortest_edge": 64, "longest_edge": 80}}, (40, 56), (57, 80)),
         ({"size": 48}, (40, 56), (48, 48)),
-        ({"size": {"longest_edge": 96}}, (40, 56), (96, 96)),
+        ({"size": 48, "max_size": 80}, (40, 56), (48, 67)),
+        (
+            {"size": {"shortest_edge": 70}, "do_center_crop": True, "crop_size": 32},
+            (40, 56),
+            (32, 32),
+        ),
+        ({"size": {"shortest_edge": 64}, "size_divisor": 32, "do_pad": True}, (40, 56), (64, 96)),
         ({"do_resize": False, "size": {"height": 9, "width": 9}}, (40, 56), (40, 56)),
     ],
 )
 def test_their_preprocessor_files_are_understood(
     tmp_path: Path, config: Any, size: tuple[int, int], seen: tuple[int, int]
 ) -> None:
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | NORMAL))
     assert Preprocessing.from_pretrained(tmp_path).seen(size) == seen
+
+
+def test_the_files_of_transformers_5_are_read_nested_before_the_older_ones(tmp_path: Path) -> None:
+    older = tmp_path / "preprocessor_config.json"
+    older.write_text(json.dumps({"size": 48} | NORMAL))
+    newer = tmp_path / "processor_config.json"
+    newer.write_text(
+        json.dumps({"processor_class": "X"})
+    )  # as written before 5: no image processor
+    assert Preprocessing.from_pretrained(tmp_path).size == (48, 48)
+    newer.write_text(json.dumps({"image_processor": {"size": 32} | NORMAL}))
+    assert Preprocessing.from_pretrained(tmp_path).size == (32, 32)
+    older.unlink()
+    assert Preprocessing.from_pretrained(tmp_path).size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    "name", ["Segformer", "Mask2Former", "OneFormer", "Beit", "DPT", "CLIP", "ViT", "MobileViT"]
+)
+def test_pixels_are_those_of_the_models_own_processor(tmp_path: Path, name: str) -> None:
+    """At a size where neither resizes nor crops, so that only values count."""
+    kind: Any = getattr(transformers, f"{name}ImageProcessor")
+    if name == "OneFormer" and int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("before transformers 5 it asks the hub for the names of classes")
+    size = {"shortest_edge": 64} if name in ("CLIP", "MobileViT") else {"height": 64, "width": 64}
+    square = {"height": 64, "width": 64}
+    options: dict[str, Any] = {"size": size}
+    if name in ("CLIP", "MobileViT", "Beit"):
+        options["crop_size"] = square
+    if name in ("Mask2Former", "OneFormer"):
+        options["size"] = {"shortest_edge": 64, "longest_edge": 128}
+    theirs = kind(**options)
+    theirs.save_pretrained(tmp_path)
+    batch = images(1, 64, 64)
+    with torch.no_grad():
+        want = theirs(images=[batch[0].permute(1, 2, 0).numpy()], return_tensors="pt")
+    ours = Preprocessing.from_pretrained(tmp_path)(batch, torch.zeros(()))
+    torch.testing.assert_close(ours, want["pixel_values"].float(), rtol=0, atol=1e-5)
+
+
+def test_channels_factors_and_labels_are_done_or_said(tmp_path: Path) -> None:
+    def read(**config: Any) -> Preprocessing:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 4} | config))
+        return Preprocessing.from_pretrained(tmp_path)
+
+    batch = images(1, 4, 4)
+    bytes_ = batch.float()
+    like = torch.zeros(())
+    flipped = read(do_flip_channel_order=True, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    torch.testing.assert_close(flipped(batch, like), bytes_.flip(1) / 255)
+    plain = read(do_normalize=False)
+    torch.testing.assert_close(plain(batch, like), bytes_ / 255)
+    unscaled = read(do_rescale=False, **NORMAL)
+    torch.testing.assert_close(unscaled(batch, like), (bytes_ - 0.5) / 0.25)
+    halved = read(rescale_factor=1 / 127.5, **NORMAL)
+    torch.testing.assert_close(halved(batch, like), (bytes_ / 127.5 - 0.5) / 0.25)
+    assert read(do_reduce_labels=True, **NORMAL).reduce_labels
+    assert read(reduce_labels=True, **NORMAL).reduce_labels
+    assert not read(do_reduce_labels=False, **NORMAL).reduce_labels
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"do_split_image": True}, "do_split_image"),
+        ({"do_pad": True}, "do_pad"),
+        ({"do_pad": True, "size_divisor": 32, "pad_size": {"height": 64}}, "pad_size"),
+        ({"keep_aspect_ratio": True}, "keep_aspect_ratio"),
+        ({"resample": 0}, "resample must be 2"),
+        ({"size": {"longest_edge": 9}}, "size must have height and width"),
+        ({"size": {"height": 0, "width": 9}}, "size must be an integer >= 1"),
+        ({"image_mean": [0.5]}, "image_mean must hold three"),
+        ({"image_std": [0, 1, 1]}, "std must be greater than 0"),
+        ({"image_mean": None}, "image_mean"),
+        ({"do_normalize": True, "do_flip_channel_order": True}, "do_flip_channel_order"),
+    ],
+)
+def test_what_would_change_pixels_and_is_not_done_is_refused_by_name(
+    tmp_path: Path, config: Any, named: str
+) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 8} | NORMAL | config))
+    with pytest.raises(FileError, match=named) as refusal:
+        Preprocessing.from_pretrained(tmp_path)
+    assert "\n" not in str(refusal.value)
+    assert str(tmp_path) in str(refusal.value)
+
+
+def test_missing_and_damaged_folders_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(transformers.utils.hub, "is_offline_mode", lambda: True, raising=False)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "preprocessor_config.json").write_text("[")
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "preprocessor_config.json").write_text("[1]")
+    (tmp_path / "file").write_text("no folder")
+    square = Preprocessing(size=(64, 64))
+    attempts: list[Any] = [
+        lambda: Preprocessing.from_pretrained(tmp_path / "none"),
+        lambda: Preprocessing.from_pretrained(tmp_path / "bad"),
+        lambda: Preprocessing.from_pretrained(tmp_path / "list"),
+        lambda: Preprocessing.from_pretrained(tmp_path / "file"),
+        lambda: Preprocessing.from_pretrained(tmp_path / "no" / "such" / "folder"),
+        lambda: SemanticLogitsAnnotator.from_pretrained(tmp_path / "none", preprocessing=square),
+        lambda: MaskClassAnnotator.from_pretrained(tmp_path / "none", preprocessing=square),
+        lambda: TextPromptAnnotator.from_pretrained(tmp_path / "none", ["cat"], background=None),
+    ]
+    for attempt in attempts:
+        with pytest.raises(FileError) as refusal:
+            attempt()
+        assert "\n" not in str(refusal.value)
+        assert str(tmp_path) in str(refusal.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_a_device_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    for device in ("cuda", "cuda:7", "gpu", "mps"):
+        with pytest.raises(InputError, match="device must be one that torch can use") as refusal:
+            SemanticLogitsAnnotator.from_pretrained(tmp_path, device=device)
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"size": (4.5, 4)},
+        {"size": 4},
+        {"size": (4, 4), "short": 4},
+        {"short": 64.5},
+        {"short": 0},
+        {"longest": 9},
+        {"multiple": 0},
+        {"mode": "nearest"},
+        {"mean": (0.5, 0.5)},
+        {"mean": (0.5, 0.5, float("nan"))},
+        {"std": (1.0, 1.0, 0.0)},
+    ],
+)
+def test_bad_preprocessing_is_refused_in_one_line(options: Any) -> None:
+    with pytest.raises(InputError, match=r"(size|short|multiple|mode|mean|std) must") as refusal:
+        Preprocessing(**options)
+    assert "\n" not in str(refusal.value)
 
 
 def test_pixels_are_normalised_as_said() -> None:

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cpseg.annotators import SamClipAnnotator
-from cpseg.annotators.huggingface import Preprocessing
+from cpseg.annotators import Preprocessing, SamClipAnnotator
 from cpseg.annotators.sam_clip import (
     dense_clip_features,
     ignore_unusable,
@@ -157,6 +157,83 @@ def test_segments_are_found_once_and_within_the_image() -> None:
     assert torch.equal(segments, segments[:, :1].expand(2, 20, 40))
 
 
+class SmoothSam(PlantedSam):
+    """Three smooth random masks for each point, a sixteenth of the image in size; keeps its input."""
+
+    def get_image_embeddings(self, pixels: Tensor) -> Tensor:
+        self.seen = pixels
+        return pixels[:, :1]
+
+    def forward(self, image_embeddings: Tensor, input_points: Tensor) -> Any:
+        del image_embeddings
+        count = input_points.shape[2 - 1]
+        generator = torch.Generator().manual_seed(count)
+        coarse = torch.randn((count * 3, 1, 5, 5), generator=generator)
+        smooth = torch.nn.functional.interpolate(coarse, size=(16, 16), mode="bicubic")
+        self.masks = smooth.reshape(1, count, 3, 16, 16)
+
+        class Output:
+            pred_masks = self.masks
+            iou_scores = torch.linspace(1, 0.5, count * 3).reshape(1, count, 3)
+
+        return Output()
+
+
+@pytest.mark.parametrize(("height", "width"), [(37, 61), (64, 64), (61, 37), (90, 33)])
+def test_segments_and_pixels_lie_where_transformers_own_processor_puts_them(
+    height: int, width: int
+) -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    square = {"height": 64, "width": 64}
+    theirs = transformers.SamImageProcessor(size={"longest_edge": 64}, pad_size=square)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (1, 3, height, width), generator=generator).to(torch.uint8)
+    sam = SmoothSam()
+    ours = sam_segments(
+        sam, image, points_per_side=2, min_iou=-1.0, min_stability=0.0, max_overlap=1.0
+    )
+    inputs = theirs(images=[image[0].permute(1, 2, 0).numpy()], return_tensors="pt")
+    grey = 1 / 255 / 0.224  # one level, normalised
+    assert float((sam.seen - inputs["pixel_values"]).abs().max()) <= 2 * grey
+    assert torch.equal(sam.seen == 0, inputs["pixel_values"] == 0)  # the same padding
+    (masks,) = theirs.post_process_masks(
+        [sam.masks[0]], inputs["original_sizes"], inputs["reshaped_input_sizes"]
+    )
+    wanted = [mask for mask in masks.flatten(0, 1) if bool(mask.any())]
+    assert len(ours) == len(wanted)
+    assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
+
+
+def test_painting_takes_no_more_memory_for_more_segments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No tensor of floats of all segments; and parts of them give what all at once give."""
+    generator = torch.Generator().manual_seed(0)
+    segments = torch.rand((40, 32, 48), generator=generator) < 0.3
+    shares = torch.randn((40, 3), generator=generator).log_softmax(1)
+    whole = torch.einsum("khw,kc->chw", segments.float(), shares).log_softmax(0)
+    for overlap in ("product", "smallest", "surest"):
+        largest = 0
+
+        class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+            def __torch_dispatch__(
+                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
+                nonlocal largest
+                del types
+                out = func(*args, **(kwargs or {}))
+                if isinstance(out, Tensor) and out.untyped_storage() != segments.untyped_storage():
+                    largest = max(largest, out.numel() * out.element_size())
+                return out
+
+        monkeypatch.setattr("cpseg.annotators.sam_clip._CHUNK", 32 * 48 * 2)
+        with Watch():  # type: ignore[no-untyped-call]
+            painted = paint_segments(segments, shares, overlap=overlap, uncovered="uniform")
+        if overlap == "product":
+            torch.testing.assert_close(painted, whole)
+        assert largest <= 8 * 32 * 48 * 3  # of one class map, not of 40 segments
+
+
 def tiny_clip() -> Any:
     transformers: Any = pytest.importorskip("transformers")
     text = {
@@ -183,7 +260,9 @@ def tiny_clip() -> Any:
 
 
 def tokens(texts: list[str]) -> Tensor:
-    return torch.tensor([[1, *(2 + ord(c) % 60 for c in (t + " " * 9)[:9]), 63] for t in texts])
+    """A token for each of the last fourteen letters that are no blank; 63 ends a text."""
+    rows = [[2 + ord(c) % 60 for c in t.replace(" ", "").rjust(14)[-14:]] for t in texts]
+    return torch.tensor([[1, *row, 63] for row in rows])
 
 
 SQUARE = Preprocessing(size=(64, 64))

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cpseg.annotators import mask_class_probabilities
+from cpseg.annotators import clip_tokenizer, mask_class_probabilities
 from cpseg.annotators.seem import (
     SEEM,
     SEEM_TEMPLATES,
     SEEMAnnotator,
     SEEMConfig,
     UpstreamSEEMAnnotator,
-    clip_tokenizer,
     load_checkpoint,
     load_state,
 )
+from cpseg.annotators.source import describe_source, difference
 from cpseg.errors import FileError, InputError
 
 DATA = Path(__file__).parent / "annotators_data"
@@ -272,6 +272,78 @@ def test_empty_and_repeated_class_names_are_refused(names: Any) -> None:
         annotator(names=names, background=None)
 
 
+def same_ids(texts: list[str]) -> Tensor:
+    return torch.tensor([[1, 5, 63]] * len(texts))
+
+
+def row_too_few(texts: list[str]) -> Tensor:
+    return words(texts)[1:]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (same_ids, "tokenizer must tell texts apart; 'cat' and 'dog' have the same ids in 'a {}.'"),
+        (lambda t: words(t).tolist(), "tokenizer must answer with an integer tensor .* got list"),
+        (lambda t: words(t).float(), r"an integer tensor \(T, L\); got torch.float32"),
+        (lambda t: words(t) + 1, r"ids in \[0, 64\), the model's vocabulary; got 64"),
+        (lambda t: words(t) - 2, r"ids in \[0, 64\), the model's vocabulary; got -1"),
+        (row_too_few, r"shape \(T, L\) for T = 1 texts; got \(0,"),
+        (lambda t: words(t)[0], r"shape \(T, L\) for T = 1 texts"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_right_is_refused(tokenizer: Any, message: str) -> None:
+    model = golden_model("focal_dw", torch.float32)
+    with pytest.raises(InputError, match=message) as refusal:
+        SEEMAnnotator(
+            model, ["sky", "cat", "dog"], background=0, tokenizer=tokenizer, templates=["a {}."]
+        )
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"templates": "a {}."}, "templates must be a sequence of texts"),
+        ({"templates": []}, "templates must be a sequence of texts"),
+        ({"templates": ["a {} {}."]}, "templates must each hold one"),
+        ({"templates": [7]}, "templates must each hold one"),
+        ({"names": ["sky", 7]}, "class_names must hold texts; got 7"),
+        ({"names": {"sky": ["sky"], "cat": [None]}}, "class_names must hold texts; 'cat' has None"),
+        (
+            {"names": {"sky": ["sky"], "cat": None}},
+            "a list of texts for each class; 'cat' has None",
+        ),
+        (
+            {"names": {"sky": ["sky"], "cat": "cat"}},
+            "a list of texts for each class; 'cat' has 'cat'",
+        ),
+        ({"names": 3}, "class_names must be a sequence"),
+        ({"names": None}, "class_names must be a sequence"),
+        ({"background": 0.0}, "background must be an integer; got 0.0"),
+        ({"background": -1}, "background must be an index of class_names"),
+        ({"background": True}, "background must be an integer; got True"),
+        ({"short": 64.5}, "short must be an integer >= 1; got 64.5"),
+        ({"short": 0}, "short must be an integer >= 1; got 0"),
+        ({"longest": "long"}, "longest must be an integer >= 1"),
+        ({"output_size": 64}, r"output_size must be \(height, width\); got 64"),
+        ({"output_size": (64, 0)}, "output_size must be an integer >= 1; got 0"),
+        ({"autocast": torch.int8}, "autocast must be"),
+        ({"mode": "raw"}, "mode must be"),
+        ({"void_text": " "}, "void_text must not be empty"),
+    ],
+)
+def test_bad_arguments_are_one_line(options: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message) as refusal:
+        annotator(**options)
+    assert "\n" not in str(refusal.value)
+
+
+def test_names_and_templates_with_braces_are_texts_like_others() -> None:
+    label = annotator(names=["sky", "{cat}", "{x"], templates=["{} {y}."])
+    assert label.class_names == ("sky", "{cat}", "{x")
+
+
 def test_the_void_text_can_neither_be_forgotten_nor_be_a_class() -> None:
     model = golden_model("focal_dw", torch.float32)
     seen: list[int] = []
@@ -353,6 +425,55 @@ def test_resizing_bytes_agrees_with_pillow() -> None:
     assert int(np.abs(ours.astype(int) - np.asarray(theirs).astype(int)).max()) <= 2
 
 
+@pytest.mark.parametrize("mode", ["I", "I;16", "F"])
+def test_images_of_more_than_8_bits_are_refused_with_their_file(tmp_path: Path, mode: str) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    image = pillow.new(mode, (56, 40))
+    with pytest.raises(InputError, match=rf"8 bits per channel; it has Pillow's mode {mode}"):
+        annotator().annotate([image])
+    image.save(tmp_path / "deep.tiff")
+    with (
+        pillow.open(tmp_path / "deep.tiff") as opened,
+        pytest.raises(InputError, match=r"deep\.tiff has Pillow's mode") as refusal,
+    ):
+        annotator().annotate([opened])
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(InputError, match="an image must be uint8 RGB"):
+        annotator().annotate([np.zeros((40, 56, 3), np.uint16)])
+
+
+def test_the_orientation_a_camera_notes_is_not_followed(tmp_path: Path) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    array = random_images(1, 40, 56)[0].permute(1, 2, 0).numpy()
+    image = pillow.fromarray(array)
+    exif = image.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    image.save(tmp_path / "turned.png", exif=exif)
+    with pillow.open(tmp_path / "turned.png") as opened:
+        (logits,) = annotator().annotate([opened])
+    assert torch.equal(logits, annotator().annotate([array])[0])
+
+
+def test_an_empty_batch_is_refused_in_one_line() -> None:
+    for call in (annotator(), UpstreamSEEMAnnotator(_upstream(), ["cat"], background=None)):
+        with pytest.raises(InputError, match=r"at least one image and pixel; got \(0, 3, 4, 5\)"):
+            call(torch.zeros(0, 3, 4, 5, dtype=torch.uint8))
+    assert annotator().annotate([]) == []
+    for single in ("photo.png", pytest.importorskip("PIL.Image").new("RGB", (8, 8))):
+        with pytest.raises(InputError, match="images must be a sequence of images; got"):
+            annotator().annotate(single)
+
+
+def _upstream() -> Any:
+    class Inner:
+        sem_seg_head = None
+
+        def evaluate(self) -> None:
+            """Never called."""
+
+    return Inner()
+
+
 def test_images_that_are_not_bytes_are_refused_with_the_remedy() -> None:
     with pytest.raises(InputError, match=r"must be uint8 RGB.*\* 255"):
         annotator()(torch.zeros(1, 3, 40, 56))
@@ -375,6 +496,57 @@ def test_the_source_names_weights_and_prompts() -> None:
         annotator(autocast=torch.bfloat16),
     ]
     assert base not in {label.source for label in changed}
+
+
+def test_the_source_holds_what_the_tokenizer_made_of_the_prompts() -> None:
+    def other(texts: list[str]) -> Tensor:
+        ids = words(texts)
+        return torch.where((ids > 1) & (ids < 62), ids + 1, ids)
+
+    def of(tokenizer: Any) -> str:
+        model = golden_model("focal_dw", torch.float32)
+        options: dict[str, Any] = {"background": 0, "templates": ["a {}."]}
+        label = SEEMAnnotator(model, ["sky", "cat", "dog"], tokenizer=tokenizer, **options)
+        return label.source
+
+    def padded(texts: list[str]) -> Tensor:
+        return functional.pad(words(texts), (0, 2), value=63)
+
+    assert of(words) == of(words) == of(padded)  # padding is no part of a text
+    assert re.fullmatch(r"tokens is \w{12} here and \w{12} there", difference(of(words), of(other)))
+
+
+def test_every_bit_of_the_weights_is_in_the_source() -> None:
+    model = nn.Linear(1000, 300).requires_grad_(requires_grad=False)
+    before = describe_source("x", model, {})
+    assert describe_source("x", model, {}) == before
+    for index in (1, 123_457, 299_999):
+        model.weight.view(-1)[index] += 1e-3
+        after = describe_source("x", model, {})
+        assert after != before
+        before = after
+    model.register_buffer("one", torch.arange(2000.0)[1000::1000])
+    strided = describe_source("x", model, {})
+    model.one = torch.tensor([1000.0])
+    assert describe_source("x", model, {}) == strided != before
+    assert describe_source("x", model.double(), {}) != before
+    assert describe_source("x", nn.Linear(300, 1000), {}) != before
+
+
+def test_sources_that_differ_name_the_field_and_both_values() -> None:
+    for options, field in (
+        ({"short": 41}, "short is 40 here and 41 there"),
+        ({"mode": "void"}, 'mode is "complement" here and "void" there'),
+        ({"autocast": torch.bfloat16}, 'dtype is "torch.float32" here and "torch.bfloat16" there'),
+        ({"longest": 80}, "longest is null here and 80 there"),
+    ):
+        assert difference(annotator().source, annotator(**options).source) == field
+    assert (
+        difference("a; x=1", None)
+        == "source is a here and not given there, x is 1 here and not given there"
+    )
+    many = [describe_source("a", None, dict.fromkeys("abcde", k)) for k in (0, 1)]
+    assert difference(*many).endswith(", and 2 more fields")
 
 
 def test_autocast_gives_logits_in_float32() -> None:
@@ -499,6 +671,10 @@ def test_bad_queries_are_refused_in_one_line() -> None:
         mask_class_probabilities(classes, masks[:, :4], mode="none")
     with pytest.raises(InputError, match="mode must be one of complement, void, none, raw"):
         mask_class_probabilities(classes, masks, mode="all")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="size must be an integer >= 1; got 0"):
+        mask_class_probabilities(classes, masks, (0, 4), mode="none")
+    with pytest.raises(InputError, match=r"background must be an integer; got 1\.0"):
+        mask_class_probabilities(classes, masks, mode="void", background=1.0)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"background must lie in \[0, 3\]; got 4"):
         mask_class_probabilities(classes, masks, mode="void", background=4)
 
@@ -549,5 +725,9 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(
 ) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises((FileError, OSError), match="vocab"):
+    with pytest.raises(FileError, match=r"must be a (folder or reachable )?hub name") as refusal:
         clip_tokenizer(tmp_path)
+    assert "\n" not in str(refusal.value)
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(FileError, match="it is a file"):
+        clip_tokenizer(tmp_path / "vocab.json")

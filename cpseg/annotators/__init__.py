@@ -3,7 +3,6 @@
 from cpseg.annotators.cache import CachedAnnotator, FilteredAgain
 from cpseg.annotators.huggingface import (
     MaskClassAnnotator,
-    Preprocessing,
     SemanticLogitsAnnotator,
     TextPromptAnnotator,
 )
@@ -13,8 +12,11 @@ from cpseg.annotators.medical import (
     Volume,
     channel_values,
     load_nifti,
+    load_nifti_labels,
     load_nnunet,
 )
+from cpseg.annotators.preprocessing import Preprocessing
+from cpseg.annotators.prompts import clip_tokenizer
 from cpseg.annotators.sam_clip import SamClipAnnotator
 from cpseg.annotators.synthetic import SyntheticAnnotator
 
@@ -30,7 +32,9 @@ __all__ = [
     "TextPromptAnnotator",
     "Volume",
     "channel_values",
+    "clip_tokenizer",
     "load_nifti",
+    "load_nifti_labels",
     "load_nnunet",
     "mask_class_probabilities",
 ]

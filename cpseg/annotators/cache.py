@@ -10,9 +10,11 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -21,16 +23,18 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
-from cpseg.annotators.images import check_images, rgb
+from cpseg.annotators.images import check_images, in_batches
+from cpseg.annotators.source import difference
 from cpseg.errors import FileError, InputError
+from cpseg.filters import AtMost, Singleton
+from cpseg.predictors import thresholds_of
 
 __all__ = ["CachedAnnotator", "FilteredAgain", "write_whole"]
 
-_MAGIC = b"cpseg logits 1\n"
+_MAGIC = b"cpseg logits 2\n"
 # -log p times this fills float16's range: probabilities down to 1e-55, and up to 1 - 1e-10.
 _SCALE = 512.0
 _MOST = 65504.0
-_ABSTAINS = 255
 
 
 class _HasSource(Protocol):
@@ -46,7 +50,7 @@ class FilteredAgain:
     """Pseudo-labels from a compact cache.
 
     Args:
-        labels: Shape ``(B, H, W)``.
+        labels: Shape ``(B, H, W)``, or ``(B * L, H, W)`` where an image has L channels.
         unsettled: Pixels that abstain because a class that is not stored could have decided them.
     """
 
@@ -73,7 +77,8 @@ class CachedAnnotator:
     Args:
         folder: Where the files are; made if missing.
         annotator: uint8 images ``(B, 3, H, W)`` to logits ``(B, C, H, W)``, with the image's own
-            height and width or any other; None reads only.
+            height and width or any other, or to ``(B * L, C, H, W)`` where each image has L
+            channels (:class:`cpseg.annotators.SigmoidAnnotator`); None reads only.
         source: What the annotator is: model, weights, prompts; None takes ``annotator.source``,
             or, without an annotator, what the folder says.
         best: Store only this many best classes besides the background (the compact form);
@@ -97,13 +102,9 @@ class CachedAnnotator:
         self.folder: Path = Path(folder)
         self.refused: list[str] = []
         self._annotator = annotator
-        if best is not None:
-            _checks.check_integer("best", best, 1)
-        elif background is not None:
-            raise InputError(
-                "background must come with best=: only the compact form singles it out"
-            )
-        self._note: dict[str, Any]
+        if self.folder.exists() and not self.folder.is_dir():
+            raise FileError(f"{self.folder} must be a folder; it is a file")
+        _check_compact(best, background)
         note = self.folder / "cache.json"
         known = _read_note(note) if note.exists() else None
         if annotator is None:
@@ -111,30 +112,24 @@ class CachedAnnotator:
                 raise FileError(
                     f"{self.folder} must be a folder of cached logits; it has no cache.json"
                 )
-            self._note = known
-            if source is not None and source != known["source"]:
-                raise FileError(_differs(self.folder, known["source"], source))
+            wanted = {"source": source, "best": best, "background": background}
+            said = {name: value for name, value in wanted.items() if value is not None}
+            self._note: dict[str, Any] = known | said
         else:
-            given = source if source is not None else getattr(annotator, "source", None)
-            if not isinstance(given, str) or not given:
-                raise InputError(
-                    "source must say what the annotator is, model and prompts; "
-                    "it has no .source of its own"
-                )
+            given = _named(annotator, source)
             self._note = {"source": given, "best": best, "background": background}
-            if known is None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_whole(note, json.dumps(self._note, sort_keys=True).encode())
-            elif known != self._note:
-                raise FileError(_differs(self.folder, str(known), str(self._note)))
+        if known is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(note, json.dumps(self._note, sort_keys=True).encode())
+        elif known != self._note:
+            raise FileError(_differs(self.folder, known, self._note))
+        if annotator is not None:
             self._clear_leftovers()
 
     @property
     def source(self) -> str:
         """What to give a calibrator as ``source=``, the annotator and the rounding."""
-        best, background = self._note["best"], self._note["background"]
-        form = "all classes" if best is None else f"best {best}, background {background}"
-        return f"{self._note['source']}; cached float16, {form}"
+        return f"{self._note['source']}; {_form(self._note)}"
 
     def check(self, calibration: _HasSource) -> None:
         """Refuse a calibration that was not made from this cache's logits.
@@ -145,11 +140,16 @@ class CachedAnnotator:
         Raises:
             InputError: Its ``source`` is another one, or none.
         """
+        if calibration.source is None:
+            raise InputError(
+                "calibration must come from the logits it is used with; it names no source. "
+                "Calibrate through the cache, with source=cache.source"
+            )
         if calibration.source != self.source:
             raise InputError(
-                f"calibration must come from the logits it is used with, source {self.source!r}; "
-                f"got {calibration.source!r}. Calibrate through the cache too, with "
-                "source=annotator.source"
+                "calibration must come from the logits it is used with; "
+                f"{difference(self.source, calibration.source)}. "
+                "Calibrate through the cache too, with source=cache.source"
             )
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -161,15 +161,19 @@ class CachedAnnotator:
             images: uint8 RGB. Shape ``(B, 3, H, W)``.
 
         Returns:
-            float32 log-probabilities on the images' device. Shape ``(B, C, H, W)``.
+            float32 log-probabilities on the images' device. Shape ``(B, C, H, W)``, or
+            ``(B * L, C, H, W)`` where each image has L channels.
         """
         check_images(images)
-        rows = [_spread(stored) for stored in self._stored(images)]
+        rows = [_spread(row) for stored in self._stored(images) for row in stored]
         return torch.stack(rows).to(images.device)
 
     def annotate(self, images: Sequence[object]) -> list[Tensor]:
-        """Logits ``(C, H, W)`` of images of any sizes: tensors, arrays or Pillow images."""
-        return [self(rgb(image)[None])[0] for image in images]
+        """Logits of images of any sizes, tensors, arrays or Pillow images.
+
+        Shape ``(C, H, W)`` each, or ``(L, C, H, W)`` where an image has L > 1 channels.
+        """
+        return in_batches(images, 1, self)
 
     def filter_again(
         self, images: Tensor, mask_filter: Callable[[Tensor], Tensor]
@@ -178,29 +182,39 @@ class CachedAnnotator:
 
         A pixel is settled if no class that is not stored changes the answer when it gets all it
         can have, what the stored ones leave and less than the least of them, and the answer is
-        stored or the only class that is not. The rest abstain and are counted.
+        stored or the only class that is not. For filters that count a set's classes
+        (:class:`cpseg.filters.AtMost`, :class:`cpseg.filters.Singleton`) as many as can meet in
+        the set together are tried, too. The rest abstain and are counted.
 
         Guarantee:
-            For scores that look at a class's own probability only (LAC) and filters that take
-            the best class of a set: a label is the one that all classes' probabilities, rounded
-            as this cache rounds, would give. A heuristic for others.
+            For scores that look at a class's own probability only (LAC) and the filters of
+            :mod:`cpseg.filters` without a guard: a label is the one that all classes'
+            probabilities, rounded as this cache rounds, would give. For other scores, and for
+            filters of your own that do more than take the best class of a set: none; a heuristic.
 
         Args:
             images: uint8 RGB. Shape ``(B, 3, H, W)``.
-            mask_filter: Logits ``(B, C, *S)`` to labels ``(B, *S)``, 255 where it abstains.
+            mask_filter: Logits ``(B, C, *S)`` to labels ``(B, *S)``; where it abstains the
+                ``ignore_index`` of its calibration, 255 if it has none.
 
         Returns:
             Labels and the number of pixels that abstain for this reason.
+
+        Raises:
+            InputError: The filter's calibration says it comes from other logits.
         """
         check_images(images)
+        calibration = getattr(mask_filter, "calibration", None)
+        if calibration is not None and calibration.source is not None:
+            self.check(calibration)
         labels: list[Tensor] = []
         unsettled = 0
-        for stored in self._stored(images):
+        for stored in (row for rows in self._stored(images) for row in rows):
             logits = _spread(stored)
             answer = mask_filter(logits[None])[0]
             if stored.classes is not None:
-                open_ = _unsettled(stored, logits, answer, mask_filter, self._note["background"])
-                answer = answer.masked_fill(open_, _ABSTAINS)
+                open_ = _unsettled(stored, logits, answer, mask_filter, self._note)
+                answer = answer.masked_fill(open_, _abstains(mask_filter))
                 unsettled += int(open_.sum())
             labels.append(answer)
         return FilteredAgain(torch.stack(labels), unsettled)
@@ -218,8 +232,9 @@ class CachedAnnotator:
         self._stored(image[None])
         return self._place(image)[0].relative_to(self.folder).as_posix()
 
-    def _stored(self, images: Tensor) -> "list[_Stored]":
-        found: list[_Stored | None] = []
+    def _stored(self, images: Tensor) -> "list[list[_Stored]]":
+        """What is stored of each image: one entry, or one per channel."""
+        found: list[list[_Stored] | None] = []
         places = [self._place(image) for image in images]
         for path, digest in places:
             try:
@@ -237,35 +252,55 @@ class CachedAnnotator:
                     "it is not, and there is no annotator to make it"
                 )
             logits = self._annotator(images[missing])
-            for i, row in zip(missing, logits, strict=True):
-                stored = _compress(row, self._note["best"], self._note["background"])
+            _checks.check_logits(logits)
+            if not len(logits) or len(logits) % len(missing):
+                raise InputError(
+                    f"annotator must answer {len(missing)} images with logits (B, C, *S), or "
+                    f"(B * L, C, *S) for L channels; got {_checks.describe(logits.shape)}"
+                )
+            self._check_form(int(logits.shape[1]))
+            each = logits.reshape(len(missing), -1, *logits.shape[1:])
+            for i, rows in zip(missing, each, strict=True):
+                stored = [
+                    _compress(row, self._note["best"], self._note["background"]) for row in rows
+                ]
                 self._save(*places[i], stored)
                 found[i] = stored
         return [stored for stored in found if stored is not None]
+
+    def _check_form(self, num_classes: int) -> None:
+        """Refuse a compact form that the annotator's classes do not fill."""
+        best, background = self._note["best"], self._note["background"]
+        if best is None:
+            return
+        needed = max(best + (background is not None), (background or 0) + 1)
+        if needed > num_classes:
+            raise FileError(
+                f"{self.folder} must store at most the annotator's {num_classes} classes; it is "
+                f"for {_form(self._note)}. Take another folder and a smaller best="
+            )
 
     def _place(self, image: Tensor) -> tuple[Path, str]:
         array = image.detach().cpu().contiguous().numpy()
         digest = hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()
         return self.folder / digest[:2] / f"{digest}.logits", digest
 
-    def _save(self, path: Path, digest: str, stored: "_Stored") -> None:
-        payload = stored.values.numpy().astype("<f2").tobytes()
-        if stored.classes is not None:
-            payload += stored.classes.numpy().astype("<u2").tobytes()
-        header = {
-            "source": self._note["source"],
-            "best": self._note["best"],
-            "background": self._note["background"],
+    def _save(self, path: Path, digest: str, stored: "list[_Stored]") -> None:
+        payload = b"".join(row.values.numpy().astype("<f2").tobytes() for row in stored)
+        payload += b"".join(
+            row.classes.numpy().astype("<u2").tobytes() for row in stored if row.classes is not None
+        )
+        header = self._note | {
             "image": digest,
-            "shape": list(stored.values.shape),
-            "num_classes": stored.num_classes,
+            "shape": [len(stored), *stored[0].values.shape],
+            "num_classes": stored[0].num_classes,
         }
         head = json.dumps(header, sort_keys=True).encode() + b"\n"
         seal = hashlib.sha256(head + payload).hexdigest().encode() + b"\n"
         path.parent.mkdir(exist_ok=True)
         write_whole(path, _MAGIC + seal + head + payload)
 
-    def _read(self, path: Path, digest: str) -> "_Stored":
+    def _read(self, path: Path, digest: str) -> "list[_Stored]":
         content = path.read_bytes()
         start = len(_MAGIC) + 65  # 64 hexadecimal digits and a line's end
         magic, seal, rest = content[: len(_MAGIC)], content[len(_MAGIC) : start], content[start:]
@@ -273,37 +308,37 @@ class CachedAnnotator:
             raise FileError(f"{path} must be a whole file of cached logits; it is damaged")
         line, _, payload = rest.partition(b"\n")
         header: dict[str, Any] = json.loads(line)
-        for name in ("source", "best", "background"):
-            if header[name] != self._note[name]:
-                raise FileError(
-                    f"{path} must come from this cache's annotator; its {name} is {header[name]!r}"
-                )
+        if {name: header[name] for name in self._note} != self._note:
+            raise FileError(
+                f"{path} must come from this cache's annotator; {_difference(self._note, header)}"
+            )
         if header["image"] != digest:
             raise FileError(f"{path} must hold the logits of this image; it holds another's")
-        shape = tuple(header["shape"])
-        count = int(np.prod(shape))
+        shape = tuple(header["shape"])  # (L, rows, *S)
+        count = prod(shape)
         values = torch.from_numpy(np.frombuffer(payload, "<f2", count).reshape(shape).copy())
-        classes = None
+        classes: list[Tensor | None] = [None] * shape[0]
         if header["best"] is not None:
             kept = np.frombuffer(payload, "<u2", offset=2 * count).astype(np.int64)
-            classes = torch.from_numpy(kept.reshape(-1, *shape[1:]))
-        return _Stored(values, classes, int(header["num_classes"]))
+            classes = list(torch.from_numpy(kept.reshape(shape)))
+        number = int(header["num_classes"])
+        return [_Stored(row, held, number) for row, held in zip(values, classes, strict=True)]
 
     def _clear_leftovers(self) -> None:
         """Remove what a killed process of this machine was writing."""
         host = socket.gethostname()
         for path in self.folder.rglob("*.part"):
-            *_, there, pid, _ = path.name.rsplit("~", 3)
-            if there == host and not _alive(int(pid)):
+            part = re.fullmatch(r".*~(.*)~(\d+)~\.part", path.name)
+            if part is not None and part[1] == host and not _alive(int(part[2])):
                 path.unlink(missing_ok=True)
 
 
 @final
 @dataclass(frozen=True, eq=False, slots=True)
 class _Stored:
-    """One image: scaled -log p in float16, ``(C, H, W)`` or ``(best [+ 1], H, W)``.
+    """An image or a channel: scaled -log p in float16, ``(C, *S)`` or ``(best [+ 1], *S)``.
 
-    In the compact form ``classes`` names the class of each row, ``(rows, H, W)``.
+    In the compact form ``classes`` names the class of each row, ``(rows, *S)``.
     """
 
     values: Tensor
@@ -315,8 +350,7 @@ class _Stored:
 
 
 def _compress(logits: Tensor, best: int | None, background: int | None) -> _Stored:
-    """One image's logits ``(C, *S)`` as they are stored."""
-    _checks.check_logits(logits[None])
+    """Logits ``(C, *S)`` as they are stored."""
     # In float64: a probability beyond 1 - 1e-7 is 1 in float32, and would tie with its like.
     values = -logits.detach().cpu().double().log_softmax(0)
     num_classes = len(values)
@@ -326,10 +360,8 @@ def _compress(logits: Tensor, best: int | None, background: int | None) -> _Stor
     # Ranked as stored, so that ties of the rounding fall to the lower class index everywhere.
     order = stored.float()
     if background is not None:
-        if not 0 <= background < num_classes:
-            raise InputError(f"background must be a class in [0, {num_classes}); got {background}")
         order[background] = -1.0
-    rows = min(num_classes, best + (background is not None))
+    rows = best + (background is not None)
     chosen = order.argsort(dim=0, stable=True)[:rows]
     return _Stored(stored.gather(0, chosen), chosen, num_classes)
 
@@ -353,31 +385,78 @@ def _rest(known: Tensor) -> Tensor:
 def _unsettled(
     stored: _Stored,
     logits: Tensor,
-    answer: Tensor,
+    before: Tensor,
     mask_filter: Callable[[Tensor], Tensor],
-    background: int | None,
+    note: Mapping[str, Any],
 ) -> Tensor:
-    """Where a class that is not stored could change the answer. bool ``(*S)``."""
+    """Where a class that is not stored could change the answer ``before``. bool ``(*S)``."""
     assert stored.classes is not None  # noqa: S101  (a compact form)
     held = torch.zeros(logits.shape, dtype=torch.bool).scatter_(0, stored.classes, value=True)
-    columns, known = logits.flatten(1), stored.log_probabilities().flatten(1)
-    absent = ~held.flatten(1)  # (C, N)
+    absent, known = ~held, stored.log_probabilities()
     rest = _rest(known)[0]
-    foreground = known if background is None else known[1:]  # the background is stored first
+    foreground = known if note["background"] is None else known[1:]  # background is stored first
     least = foreground[-1].exp() if len(foreground) else torch.ones_like(rest)
     most = torch.minimum(rest, least * (1 - 2**-20))  # a tie would be with a stored class
     others = (rest - most).clamp(min=1e-30) / max(1, len(absent) - len(known) - 1)
-    before = answer.flatten()
     # An answer that is not stored stands only if its share is known: if it is the only such class.
-    index = before.long().clamp(max=len(held) - 1)[None]
-    changed = (before != _ABSTAINS) & absent.gather(0, index)[0] & (absent.sum(0) > 1)
+    index = before.long().clamp(0, len(held) - 1)[None]
+    labeled = before != _abstains(mask_filter)
+    changed = labeled & absent.gather(0, index)[0] & (absent.sum(0) > 1)
     for c in range(len(absent)):
         where = absent[c] & ~changed
         if bool(where.any()):
-            trial = torch.where(absent, others.log(), columns)
+            trial = torch.where(absent, others.log(), logits)
             trial[c] = torch.where(absent[c], most.log(), trial[c])
             changed |= where & (mask_filter(trial[None])[0] != before)
-    return changed.view(answer.shape)
+    if isinstance(mask_filter, (AtMost, Singleton)):
+        changed |= _overfilled(mask_filter, logits, held, most, rest)
+    return changed
+
+
+def _overfilled(
+    counts: AtMost | Singleton, logits: Tensor, held: Tensor, most: Tensor, rest: Tensor
+) -> Tensor:
+    """Where the stored classes leave room in a set that the others could fill beyond. ``(*S)``.
+
+    Another class enters the set from ``1 - threshold`` upwards (LAC); none has more than ``most``
+    and all together have ``rest``. As many as fit are those that need least.
+    """
+    k = 1 if isinstance(counts, Singleton) else counts.k
+    calibration = counts.calibration
+    limit = thresholds_of(calibration, logits[None], None)[0].expand(logits.shape).double()
+    member = (calibration.score(logits[None])[0] <= limit) & limit.isfinite() & held
+    # A little more than there is, and a little less than is needed: rounding settles nothing.
+    needed = ((1 - limit) * (1 - 2**-20) - 2**-20).clamp(min=0)
+    possible = ~held & limit.isfinite() & (needed <= most)
+    needed = torch.where(possible, needed, torch.inf).sort(0).values
+    others = (needed.cumsum(0) <= rest * (1 + 2**-20)).sum(0)
+    stored = member.sum(0)
+    return (stored <= k) & (stored + others > k)
+
+
+def _abstains(mask_filter: object) -> int:
+    """The label with which a filter abstains."""
+    calibration = getattr(mask_filter, "calibration", None)
+    return int(getattr(calibration, "ignore_index", 255))
+
+
+def _named(annotator: object, source: str | None) -> str:
+    """The source that is given, or the annotator's own."""
+    given = source if source is not None else getattr(annotator, "source", None)
+    if not isinstance(given, str) or not given:
+        raise InputError(
+            "source must say what the annotator is, model and prompts; it has no .source of its own"
+        )
+    return given
+
+
+def _check_compact(best: int | None, background: int | None) -> None:
+    if best is not None:
+        _checks.check_integer("best", best, 1)
+        if background is not None:
+            _checks.check_integer("background", background, 0)
+    elif background is not None:
+        raise InputError("background must come with best=: only the compact form singles it out")
 
 
 def _read_note(path: Path) -> dict[str, Any]:
@@ -388,9 +467,21 @@ def _read_note(path: Path) -> dict[str, Any]:
         raise FileError(f"{path} must be a cache's note of its source; it is damaged") from error
 
 
-def _differs(folder: Path, held: str, given: str) -> str:
+def _form(note: Mapping[str, Any]) -> str:
+    """How logits are stored, as a field of a source."""
+    best, background = note["best"], note["background"]
+    form = "all classes" if best is None else f"best {best}, background {background}"
+    return f"cache=float16, {form}"
+
+
+def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    return difference(f"{ours['source']}; {_form(ours)}", f"{theirs['source']}; {_form(theirs)}")
+
+
+def _differs(folder: Path, held: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     return (
-        f"{folder} must hold the logits of {given}; it holds those of {held}. Take another folder"
+        f"{folder} must hold logits of the same source and form; {_difference(given, held)}. "
+        "Take another folder"
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from cpseg.annotators.cache import CachedAnnotator, write_whole
 from cpseg.annotators.huggingface import TextPromptAnnotator
 from cpseg.annotators.images import rgb
+from cpseg.annotators.pretrained import check_device, one_line
 from cpseg.annotators.seem.annotator import CLIP_TOKENIZER, SEEMAnnotator
 from cpseg.annotators.seem.checkpoint import load_checkpoint
 from cpseg.errors import FileError, InputError, MissingExtraError
@@ -43,7 +44,7 @@ class FolderReport:
     Args:
         images: Images found.
         refused: Cache files that were damaged or foreign, and were made again.
-        unreadable: Images that could not be read, and why.
+        unreadable: Images that could not be read or that the annotator refused, and why.
     """
 
     images: int
@@ -77,15 +78,20 @@ def annotate_folder(
     paths = image_files(root)
     if not paths:
         raise FileError(f"{root} must hold images ({', '.join(sorted(_SUFFIXES))}); it holds none")
+    # What Pillow raises for damage; its own error for an image too large to be honest is none.
+    damage = (OSError, SyntaxError, ValueError, _pillow().DecompressionBombError)
     names: dict[str, str] = {}
     unreadable: list[str] = []
     for path in progress(paths):
         try:
             image = _open(path)
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damage
-            unreadable.append(f"{path}: {error}")
+        except damage as error:
+            unreadable.append(f"{path}: {one_line(error)}")
             continue
-        names[path.relative_to(root).as_posix()] = cache.ensure(image)
+        try:
+            names[path.relative_to(root).as_posix()] = cache.ensure(image)
+        except InputError as error:  # the annotator has no answer for this one
+            unreadable.append(f"{path}: {one_line(error)}")
     index = json.dumps(names, sort_keys=True, indent=0, ensure_ascii=False).encode() + b"\n"
     write_whole(cache.folder / "images.json", index)
     return FolderReport(len(paths), tuple(cache.refused), tuple(unreadable))
@@ -167,6 +173,7 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"--background must be one of the classes; got {args.background!r}")
         background = list(classes).index(args.background)
     image_files(args.images)  # before a model is loaded for nothing
+    check_device(args.device)
     annotator = _annotator(args, classes, background)
     cache = CachedAnnotator(
         args.cache,
@@ -201,12 +208,15 @@ def _annotator(
 
 
 def _open(path: Path) -> Tensor:
+    with _pillow().open(path) as opened:
+        return rgb(opened)
+
+
+def _pillow() -> Any:
     try:
-        image: Any = importlib.import_module("PIL.Image")
+        return importlib.import_module("PIL.Image")
     except ImportError as error:
         raise MissingExtraError("reading images needs Pillow: pip install 'cpseg[data]'") from error
-    with image.open(path) as opened:
-        return rgb(opened)
 
 
 def _bar(paths: Sequence[Path]) -> Iterator[Path]:

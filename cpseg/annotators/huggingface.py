@@ -5,12 +5,10 @@ one returns logits, another sums over queries, a third sigmoids, and some resize
 Images are resized and normalised here, because several of their processors need torchvision.
 
 A model that is already built needs no transformers at all: give it with its
-:class:`Preprocessing`. ``from_pretrained`` takes a folder or a hub name.
+:class:`cpseg.annotators.Preprocessing`. ``from_pretrained`` takes a folder or a hub name.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -19,131 +17,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cpseg import _checks
-from cpseg.annotators.images import check_images, in_batches, resize, short_side
+from cpseg.annotators.images import in_batches
 from cpseg.annotators.mask_class import log_probabilities, mask_class_probabilities
-from cpseg.annotators.seem.text import ClassNames, class_prompts
+from cpseg.annotators.preprocessing import Preprocessing
+from cpseg.annotators.pretrained import check_device, import_transformers, load_pretrained
+from cpseg.annotators.prompts import (
+    ClassNames,
+    check_background,
+    check_templates,
+    check_token_ids,
+    class_prompts,
+)
 from cpseg.annotators.source import describe_source
-from cpseg.errors import FileError, InputError, MissingExtraError
+from cpseg.errors import InputError
 
 __all__ = [
     "MaskClassAnnotator",
-    "Preprocessing",
     "SemanticLogitsAnnotator",
     "TextPromptAnnotator",
     "find_logits",
 ]
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _Tokenizer = Callable[[list[str]], Mapping[str, Tensor]]
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Preprocessing:
-    """What a network sees of an image: its size and its normalisation.
-
-    Args:
-        size: Height and width; None: by ``short``, or else the image's own.
-        short: Shorter side, the other in proportion.
-        longest: Most of the longer side.
-        multiple: Both sides are rounded to a multiple of this; nothing is padded.
-        mean: Of each channel, on the scale 0 to 1.
-        std: Of each channel, on the scale 0 to 1.
-        mode: Filter of the resize; antialiased, on bytes.
-
-    Examples:
-        >>> Preprocessing(short=64, multiple=32).seen((50, 75))
-        (64, 96)
-    """
-
-    size: tuple[int, int] | None = None
-    short: int | None = None
-    longest: int | None = None
-    multiple: int = 1
-    mean: tuple[float, float, float] = _IMAGENET[0]
-    std: tuple[float, float, float] = _IMAGENET[1]
-    mode: Literal["bilinear", "bicubic"] = "bilinear"
-
-    def __post_init__(self) -> None:
-        if self.size is not None and self.short is not None:
-            raise InputError("size must be None where short is given; got both")
-        _checks.check_integer("multiple", self.multiple, 1)
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path, *, multiple: int = 1) -> "Preprocessing":
-        """From the ``preprocessor_config.json`` of a folder or of a hub name.
-
-        Args:
-            name: The folder or hub name.
-            multiple: See the class.
-        """
-        path = Path(name) / "preprocessor_config.json"
-        if not path.exists():
-            found = _transformers().utils.cached_file(str(name), "preprocessor_config.json")
-            path = Path(str(found))
-        try:
-            config: dict[str, Any] = json.loads(path.read_text())
-            return cls._of(config, multiple)
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileError(
-                f"{path} must describe an image's size and normalisation: {error}"
-            ) from error
-
-    @classmethod
-    def _of(cls, config: dict[str, Any], multiple: int) -> "Preprocessing":
-        given = config.get("size") if config.get("do_resize", True) else None
-        size: tuple[int, int] | None = None
-        short = longest = None
-        if isinstance(given, int):
-            size = (given, given)
-        elif given and "height" in given:
-            size = (int(given["height"]), int(given["width"]))
-        elif given:
-            short, longest = given.get("shortest_edge"), given.get("longest_edge")
-            if short is None:
-                # Only a longest edge: the model's own square, as SAM pads to it.
-                size, longest = (int(longest), int(longest)), None
-        normal = config.get("do_normalize", True)
-        mean = config.get("image_mean", _IMAGENET[0]) if normal else (0.0, 0.0, 0.0)
-        std = config.get("image_std", _IMAGENET[1]) if normal else (1.0, 1.0, 1.0)
-        return cls(
-            size=size,
-            short=short,
-            longest=longest,
-            multiple=multiple,
-            mean=(float(mean[0]), float(mean[1]), float(mean[2])),
-            std=(float(std[0]), float(std[1]), float(std[2])),
-            mode="bicubic" if config.get("resample") == 3 else "bilinear",
-        )
-
-    def seen(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width that the network gets for an image's."""
-        if self.size is not None:
-            height, width = self.size
-        elif self.short is not None:
-            height, width = short_side(size, self.short, self.longest)
-        else:
-            height, width = size
-        m = self.multiple
-        return max(m, round(height / m) * m), max(m, round(width / m) * m)
-
-    def __call__(self, images: Tensor, like: Tensor) -> Tensor:
-        """Normalised pixels, with the dtype and on the device of ``like``.
-
-        Args:
-            images: uint8 RGB. Shape ``(B, 3, H, W)``.
-            like: A parameter of the network.
-
-        Returns:
-            Shape ``(B, 3, h, w)``.
-        """
-        check_images(images)
-        seen = self.seen((int(images.shape[-2]), int(images.shape[-1])))
-        pixels = resize(images, seen, self.mode).to(like.device, torch.float32) / 255
-        mean, std = (
-            torch.tensor(v, device=like.device)[:, None, None] for v in (self.mean, self.std)
-        )
-        return ((pixels - mean) / std).to(like.dtype)
 
 
 @final
@@ -172,12 +67,23 @@ class SemanticLogitsAnnotator:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, *, device: torch.device | str = "cpu"
+        cls,
+        name: str | Path,
+        *,
+        preprocessing: Preprocessing | None = None,
+        device: torch.device | str = "cpu",
     ) -> "SemanticLogitsAnnotator":
-        """From a folder or hub name of a semantic segmentation model."""
-        model = _transformers().AutoModelForSemanticSegmentation.from_pretrained(str(name))
-        model = model.to(device)
-        return cls(model, Preprocessing.from_pretrained(name), source=str(name))
+        """From a folder or hub name of a semantic segmentation model.
+
+        Args:
+            name: The folder or hub name.
+            preprocessing: What the model sees of an image; None: as its files say.
+            device: Where it runs.
+        """
+        place = check_device(device)
+        preprocessing = preprocessing or Preprocessing.from_pretrained(name)
+        kind = import_transformers().AutoModelForSemanticSegmentation
+        return cls(load_pretrained(kind, name).to(place), preprocessing, source=str(name))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -227,6 +133,9 @@ class MaskClassAnnotator:
     ) -> None:
         self._model = model.eval()
         self._preprocessing = preprocessing
+        if mode not in ("complement", "void", "none"):
+            raise InputError(f"mode must be complement, void or none; got {mode!r}")
+        _checks.check_integer("background", background, 0)
         self._mode: Literal["complement", "void", "none"] = mode
         self._background = background
         self._inputs = dict(inputs or {})
@@ -246,14 +155,30 @@ class MaskClassAnnotator:
         mode: Literal["complement", "void", "none"] = "none",
         background: int = 0,
         inputs: Mapping[str, Tensor] | None = None,
+        preprocessing: Preprocessing | None = None,
         device: torch.device | str = "cpu",
     ) -> "MaskClassAnnotator":
-        """From a folder or hub name of a universal segmentation model."""
-        model = _transformers().AutoModelForUniversalSegmentation.from_pretrained(str(name))
-        model = model.to(device)
-        preprocessing = Preprocessing.from_pretrained(name, multiple=32)
+        """From a folder or hub name of a universal segmentation model.
+
+        Args:
+            name: The folder or hub name.
+            mode: See the class.
+            background: See the class.
+            inputs: See the class.
+            preprocessing: What the model sees of an image; None: as its files say, with sides
+                rounded to multiples of 32.
+            device: Where it runs.
+        """
+        place = check_device(device)
+        preprocessing = preprocessing or Preprocessing.from_pretrained(name, multiple=32)
+        kind = import_transformers().AutoModelForUniversalSegmentation
         return cls(
-            model, preprocessing, mode=mode, background=background, inputs=inputs, source=str(name)
+            load_pretrained(kind, name).to(place),
+            preprocessing,
+            mode=mode,
+            background=background,
+            inputs=inputs,
+            source=str(name),
         )
 
     @torch.no_grad()
@@ -319,17 +244,12 @@ class TextPromptAnnotator:
         source: str | None = None,
     ) -> None:
         names, texts = class_prompts(class_names)
-        if background is not None and not 0 <= background < len(names):
-            raise InputError(
-                f"background must be an index of class_names, in [0, {len(names)}), or None; "
-                f"got {background}"
-            )
+        check_background(background, len(names))
         config: Any = getattr(model, "config", None)
         kind = str(getattr(config, "model_type", type(model).__name__))
         if kind not in ("clipseg", "sam3", "groupvit"):
             raise InputError(f"model must be a CLIPSeg, SAM 3 or GroupViT model; got {kind}")
-        if template.count("{}") != 1:
-            raise InputError(f"template must hold one {{}}; got {template!r}")
+        (template,) = check_templates([template])
         prompts = [
             group for place, group in enumerate(texts) if kind == "groupvit" or place != background
         ]
@@ -343,10 +263,9 @@ class TextPromptAnnotator:
         self._presence = presence
         self._counts = [len(group) for group in prompts]
         like = _parameter(model)
-        flat = [template.format(text) for group in prompts for text in group]
-        tokens = tokenizer(flat)
-        self._ids = tokens["input_ids"].to(like.device)
-        self._mask = tokens["attention_mask"].to(like.device)
+        flat = [template.replace("{}", text) for group in prompts for text in group]
+        ids, mask = _tokens(tokenizer, flat, model)
+        self._ids, self._mask = ids.to(like.device), mask.to(like.device)
         self._embeddings: Any = None
         with torch.no_grad():
             if kind == "clipseg":
@@ -356,7 +275,9 @@ class TextPromptAnnotator:
                 )
         settings = {
             "preprocessing": preprocessing,
+            "names": names,
             "texts": flat,
+            "tokens": [ids.tolist(), mask.tolist()],
             "counts": self._counts,
             "background": background,
             "presence": presence,
@@ -372,11 +293,22 @@ class TextPromptAnnotator:
         background: int | None,
         template: str = "{}",
         presence: bool = True,
+        preprocessing: Preprocessing | None = None,
         device: torch.device | str = "cpu",
     ) -> "TextPromptAnnotator":
-        """From a folder or hub name of a CLIPSeg, SAM 3 or GroupViT model."""
-        package = _transformers()
-        kind = package.AutoConfig.from_pretrained(str(name)).model_type
+        """From a folder or hub name of a CLIPSeg, SAM 3 or GroupViT model.
+
+        Args:
+            name: The folder or hub name.
+            class_names: See the class.
+            background: See the class.
+            template: See the class.
+            presence: See the class.
+            preprocessing: What the model sees of an image; None: as its files say.
+            device: Where it runs.
+        """
+        package, place = import_transformers(), check_device(device)
+        kind = load_pretrained(package.AutoConfig, name).model_type
         classes = {
             "clipseg": "CLIPSegForImageSegmentation",
             "sam3": "Sam3Model",
@@ -384,8 +316,9 @@ class TextPromptAnnotator:
         }
         if kind not in classes:
             raise InputError(f"name must be a CLIPSeg, SAM 3 or GroupViT model; got {kind}")
-        model = getattr(package, classes[kind]).from_pretrained(str(name)).to(device)
-        tokenize: Any = package.AutoTokenizer.from_pretrained(str(name))
+        preprocessing = preprocessing or Preprocessing.from_pretrained(name)
+        tokenize: Any = load_pretrained(package.AutoTokenizer, name)
+        model = load_pretrained(getattr(package, classes[kind]), name).to(place)
 
         def tokenizer(texts: list[str]) -> Mapping[str, Tensor]:
             encoded: Mapping[str, Tensor] = tokenize(
@@ -396,7 +329,7 @@ class TextPromptAnnotator:
         return cls(
             model,
             class_names,
-            Preprocessing.from_pretrained(name),
+            preprocessing,
             background=background,
             tokenizer=tokenizer,
             template=template,
@@ -460,6 +393,36 @@ class TextPromptAnnotator:
         return torch.stack([part.logsumexp(1) for part in parts], 1).log_softmax(1)
 
 
+def _tokens(tokenizer: _Tokenizer, texts: list[str], model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask ``(T, L)`` of texts that the tokenizer tells apart."""
+    found: Any = tokenizer(texts)
+    for name in ("input_ids", "attention_mask"):
+        if not isinstance(found, Mapping) or name not in found:
+            raise InputError(
+                f"tokenizer must answer with input_ids and attention_mask; got {type(found).__name__} "
+                f"without {name}"
+            )
+    ids, mask = found["input_ids"], found["attention_mask"]
+    config: Any = model.config
+    check_token_ids(ids, texts, vocabulary=int(config.text_config.vocab_size))
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        raise InputError(
+            f"tokenizer must answer with attention_mask of shape {_checks.describe(ids.shape)}; "
+            f"got {_checks.describe(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
+        )
+    rows = [
+        tuple(i for i, kept in zip(row, keep, strict=True) if kept)
+        for row, keep in zip(ids.tolist(), mask.tolist(), strict=True)
+    ]
+    for place, row in enumerate(rows):
+        if (first := rows.index(row)) != place:
+            raise InputError(
+                f"tokenizer must tell texts apart; {texts[first]!r} and {texts[place]!r} have the "
+                "same ids"
+            )
+    return ids, mask
+
+
 def _simplex(shares: Tensor, background: int | None) -> Tensor:
     """Independent shares ``(B, K, *S)`` to probabilities; the background takes the rest."""
     total = shares.sum(1, keepdim=True)
@@ -492,13 +455,3 @@ def _parameter(model: nn.Module) -> Tensor:
 
 def _source(model: nn.Module, name: str | None, settings: Mapping[str, object]) -> str:
     return describe_source(name or type(model).__name__, model, settings)
-
-
-def _transformers() -> Any:
-    try:
-        import transformers  # noqa: PLC0415  (optional)
-    except ImportError as error:
-        raise MissingExtraError(
-            "from_pretrained needs transformers: pip install 'cpseg[hf]'"
-        ) from error
-    return transformers

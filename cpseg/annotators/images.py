@@ -15,15 +15,34 @@ from torch.nn import functional
 from cpseg import _checks
 from cpseg.errors import InputError
 
-__all__ = ["check_images", "in_batches", "resize", "rgb", "short_side"]
+__all__ = ["check_images", "check_size", "in_batches", "resize", "rgb", "short_side"]
+
+# Pillow's modes of one byte per channel, and the ones it turns into bytes without loss.
+_MODES = {
+    "1",
+    "L",
+    "LA",
+    "La",
+    "P",
+    "PA",
+    "RGB",
+    "RGBA",
+    "RGBX",
+    "RGBa",
+    "CMYK",
+    "YCbCr",
+    "HSV",
+    "LAB",
+}
 
 
 def check_images(images: Tensor) -> None:
-    """A batch of uint8 RGB images, ``(B, 3, H, W)``."""
+    """A batch of uint8 RGB images, ``(B, 3, H, W)``; none of it is empty."""
     _checks.check_tensor("images", images)
-    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise InputError(
-            f"images must have shape (B, 3, H, W); got {_checks.describe(images.shape)}"
+            "images must have shape (B, 3, H, W) with at least one image and pixel; "
+            f"got {_checks.describe(images.shape)}"
         )
     _check_bytes(images.dtype)
 
@@ -33,10 +52,16 @@ def rgb(image: object) -> Tensor:
 
     Args:
         image: A uint8 tensor ``(3, H, W)``, a uint8 array ``(H, W, 3)`` or ``(H, W)``, or a
-            Pillow image of any mode.
+            Pillow image of any mode with 8 bits per channel; transparency is dropped. Pixels are
+            taken as they are stored: a camera's note of its orientation (EXIF) is not followed,
+            since labels are drawn on the stored pixels.
 
     Returns:
         The image. Shape ``(3, H, W)``.
+
+    Raises:
+        InputError: It is none of these, such as an image of 16 bits, which has no one rendering
+            in bytes; the message names its file.
 
     Examples:
         >>> rgb(np.zeros((4, 6), dtype=np.uint8)).shape
@@ -50,6 +75,12 @@ def rgb(image: object) -> Tensor:
             )
         return image.detach().cpu()
     convert: Callable[[str], Any] | None = getattr(image, "convert", None)
+    mode = getattr(image, "mode", None)
+    if convert is not None and mode not in _MODES:
+        raise InputError(
+            f"an image must have 8 bits per channel; {getattr(image, 'filename', '') or 'it'} has "
+            f"Pillow's mode {mode}. Bring it to bytes the way its values mean it"
+        )
     array = np.asarray(image if convert is None else convert("RGB"))
     if array.ndim == 2:
         array = np.repeat(array[:, :, None], 3, axis=2)
@@ -88,6 +119,14 @@ def short_side(size: tuple[int, int], short: int, longest: int | None) -> tuple[
     return (new_low, new_high) if height <= width else (new_high, new_low)
 
 
+def check_size(name: str, size: object) -> None:
+    """Height and width, two whole numbers of at least 1."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise InputError(f"{name} must be (height, width); got {size!r}")
+    for side in size:
+        _checks.check_integer(name, side, 1)
+
+
 def in_batches(
     images: Sequence[object], batch_size: int, annotate: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
@@ -96,12 +135,15 @@ def in_batches(
     Args:
         images: Images as :func:`rgb` takes them.
         batch_size: Most images of one call.
-        annotate: uint8 ``(B, 3, H, W)`` to logits ``(B, C, H, W)``.
+        annotate: uint8 ``(B, 3, H, W)`` to logits ``(B, C, H, W)``, or ``(B * L, C, H, W)``
+            where each image has L channels of its own.
 
     Returns:
-        A tensor ``(C, H, W)`` per image.
+        A tensor ``(C, H, W)`` per image, or ``(L, C, H, W)`` where L > 1.
     """
     _checks.check_integer("batch_size", batch_size, 1)
+    if isinstance(images, str) or not hasattr(images, "__len__"):
+        raise InputError(f"images must be a sequence of images; got {type(images).__name__}")
     tensors = [rgb(image) for image in images]
     places: dict[tuple[int, ...], list[int]] = {}
     for place, image in enumerate(tensors):
@@ -111,7 +153,8 @@ def in_batches(
         for start in range(0, len(same), batch_size):
             chosen = same[start : start + batch_size]
             logits = annotate(torch.stack([tensors[i] for i in chosen]))
-            answers.update(zip(chosen, logits, strict=True))
+            rows = logits.reshape(len(chosen), -1, *logits.shape[1:])
+            answers.update(zip(chosen, rows[:, 0] if rows.shape[1] == 1 else rows, strict=True))
     return [answers[place] for place in range(len(tensors))]
 
 

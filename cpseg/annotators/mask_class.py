@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from cpseg import _checks
+from cpseg.annotators.images import check_size
 from cpseg.errors import InputError
 
-__all__ = ["Mode", "log_probabilities", "mask_class_probabilities"]
+__all__ = ["Mode", "log_probabilities", "mask_class_probabilities", "resize_masks"]
 
 Mode = Literal["complement", "void", "none", "raw"]
 
@@ -75,6 +76,9 @@ def mask_class_probabilities(
                 [0., 0.]])
     """
     _check(class_logits, mask_logits, mode, background)
+    for name, value in (("size", size), ("padded_size", padded_size), ("image_size", image_size)):
+        if value is not None:
+            check_size(name, value)
     dtype = torch.promote_types(class_logits.dtype, torch.float32)
     claims = class_logits.to(dtype).softmax(-1)
     if mode != "void":
@@ -85,7 +89,7 @@ def mask_class_probabilities(
     step = max(1, _CHUNK // max(1, batch * shape[0] * shape[1]))
     for start in range(0, queries, step):
         part = mask_logits[:, start : start + step].to(dtype)
-        part = _resize(part, shape, padded_size, image_size).sigmoid_()
+        part = resize_masks(part, shape, padded_size, image_size).sigmoid_()
         weights = claims[:, start : start + step].transpose(1, 2)
         total.flatten(2).baddbmm_(weights, part.flatten(2))
     if mode == "raw":
@@ -113,12 +117,24 @@ def log_probabilities(probabilities: Tensor) -> Tensor:
     return probabilities.clamp_(min=torch.finfo(probabilities.dtype).tiny).log_()
 
 
-def _resize(
+def resize_masks(
     masks: Tensor,
     size: tuple[int, int],
     padded_size: tuple[int, int] | None,
     image_size: tuple[int, int] | None,
 ) -> Tensor:
+    """Mask logits as the original SEEM resizes them.
+
+    Args:
+        masks: Shape ``(B, Q, h, w)``.
+        size: Of the answer.
+        padded_size: Size of the padded image that the masks cover; None: they cover the image,
+            and one bilinear step does it.
+        image_size: Size of the image inside the padding, at the top left.
+
+    Returns:
+        A new tensor. Shape ``(B, Q, *size)``.
+    """
     if padded_size is not None:
         masks = functional.interpolate(
             masks, size=padded_size, mode="bilinear", align_corners=False
@@ -151,5 +167,6 @@ def _check(class_logits: Tensor, mask_logits: Tensor, mode: str, background: int
     if mode not in get_args(Mode):
         raise InputError(f"mode must be one of {', '.join(get_args(Mode))}; got {mode!r}")
     classes = class_logits.shape[2] - 1
+    _checks.check_integer("background", background)
     if mode in ("complement", "void") and not 0 <= background <= classes:
         raise InputError(f"background must lie in [0, {classes}]; got {background}")

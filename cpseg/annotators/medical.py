@@ -8,6 +8,7 @@ import importlib
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, final
 
@@ -16,12 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cpseg.annotators.huggingface import Preprocessing, find_logits
+from cpseg import _checks
+from cpseg.annotators.huggingface import find_logits
 from cpseg.annotators.images import in_batches
+from cpseg.annotators.preprocessing import Preprocessing
+from cpseg.annotators.pretrained import one_line
 from cpseg.annotators.source import describe_source
 from cpseg.errors import FileError, InputError, MissingExtraError
 
-__all__ = ["SigmoidAnnotator", "Volume", "channel_values", "load_nifti", "load_nnunet"]
+__all__ = [
+    "SigmoidAnnotator",
+    "Volume",
+    "channel_values",
+    "load_nifti",
+    "load_nifti_labels",
+    "load_nnunet",
+]
 
 
 @final
@@ -73,13 +84,18 @@ class SigmoidAnnotator:
         values = find_logits(self._model(self._preprocessing(images, like)))
         if values.ndim == 3:
             values = values[:, None]
+        if values.ndim != 4 or len(values) != len(images):
+            raise InputError(
+                "model must answer with values (B, L, h, w) or (B, h, w); "
+                f"got {_checks.describe(values.shape)}"
+            )
         on = functional.interpolate(
             values.float(), size=images.shape[-2:], mode="bilinear", align_corners=False
         ).flatten(0, 1)
         return torch.stack((torch.zeros_like(on), on), 1)
 
     def annotate(self, images: Sequence[object]) -> list[Tensor]:
-        """Logits ``(2, H, W)`` of images of any sizes, for a network with one channel."""
+        """Logits of images of any sizes: ``(2, H, W)`` each, ``(L, 2, H, W)`` of L > 1 channels."""
         return in_batches(images, 1, self)
 
 
@@ -123,7 +139,8 @@ def load_nnunet(path: str | Path, *, spacing: Sequence[float] | None = None) -> 
         ``cpseg.logits_from_probabilities`` takes ``volume.values[None]``.
 
     Raises:
-        FileError: The file is damaged or holds no probabilities, or no spacing is to be found.
+        FileError: The file is damaged or holds no probabilities, no spacing is to be found, or
+            the NIfTI file beside it has another grid.
     """
     path = Path(path)
     try:
@@ -133,7 +150,9 @@ def load_nnunet(path: str | Path, *, spacing: Sequence[float] | None = None) -> 
     except FileNotFoundError:
         raise
     except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-        raise FileError(f"{path} must be nnU-Net's saved probabilities; {error}") from error
+        raise FileError(
+            f"{path} must be nnU-Net's saved probabilities; {one_line(error)}"
+        ) from error
     if array is None or array.ndim != 4 or array.dtype.kind != "f":
         found = "none" if array is None else f"{array.dtype} {array.shape}"
         raise FileError(f"{path} must hold float probabilities (C, Z, Y, X); it holds {found}")
@@ -144,14 +163,21 @@ def load_nnunet(path: str | Path, *, spacing: Sequence[float] | None = None) -> 
             raise FileError(
                 f"{path} must have its spacing in {beside[0].name} beside it, or as spacing="
             )
-        _, spacing = _read_nifti(found_path)
-    if len(spacing) != 3 or min(spacing) <= 0:
+        beside_array, spacing = _read_nifti(found_path)
+        if beside_array.shape != array.shape[1:]:
+            raise FileError(
+                f"{path} must have the grid of {found_path.name} beside it, {beside_array.shape}; "
+                f"it has {array.shape[1:]}"
+            )
+    if len(spacing) != 3 or not all(0 < length < inf for length in spacing):
         raise InputError(f"spacing must be three positive lengths; got {tuple(spacing)}")
     return Volume(torch.from_numpy(array), tuple(float(length) for length in spacing))
 
 
 def load_nifti(path: str | Path) -> Volume:
-    """A NIfTI volume (extra ``nifti``): labels as int64 where the file stores integers.
+    """A NIfTI volume (extra ``nifti``): int64 where the file stores integers, else float32.
+
+    For labels take :func:`load_nifti_labels`: many tools write them as floats.
 
     Args:
         path: A ``.nii`` or ``.nii.gz`` file.
@@ -161,13 +187,44 @@ def load_nifti(path: str | Path) -> Volume:
         along these axes.
 
     Raises:
-        FileError: The file is damaged or no volume of three axes.
+        FileError: The file is damaged, no volume of three axes, or its spacing is no positive
+            number.
     """
-    array, spacing = _read_nifti(Path(path))
-    if array.ndim != 3:
-        raise FileError(f"{path} must be a volume of three axes; it has {array.ndim}")
+    array, spacing = _read_volume(Path(path))
     whole = array.dtype.kind in "iu"
     return Volume(torch.from_numpy(array.astype(np.int64 if whole else np.float32)), spacing)
+
+
+def load_nifti_labels(path: str | Path) -> Volume:
+    """The labels in a NIfTI volume (extra ``nifti``), stored as integers or as whole floats.
+
+    Args:
+        path: A ``.nii`` or ``.nii.gz`` file.
+
+    Returns:
+        int64 labels ``(Z, Y, X)`` and spacing, as :func:`load_nifti`.
+
+    Raises:
+        FileError: As :func:`load_nifti`, or a value is no whole number.
+    """
+    array, spacing = _read_volume(Path(path))
+    if array.dtype.kind not in "iu":
+        wrong = array[~((array == np.floor(array)) & (np.abs(array) < 2**31))]  # NaN too
+        if wrong.size:
+            raise FileError(
+                f"{path} must hold labels, whole numbers; {wrong.size} of its values are none, "
+                f"such as {wrong[0]}"
+            )
+    return Volume(torch.from_numpy(array.astype(np.int64)), spacing)
+
+
+def _read_volume(path: Path) -> tuple[Any, tuple[float, ...]]:
+    array, spacing = _read_nifti(path)
+    if array.ndim != 3:
+        raise FileError(f"{path} must be a volume of three axes; it has {array.ndim}")
+    if array.dtype.kind not in "iuf":
+        raise FileError(f"{path} must hold real numbers; it holds {array.dtype}")
+    return array, spacing
 
 
 def _read_nifti(path: Path) -> tuple[Any, tuple[float, ...]]:
@@ -179,9 +236,15 @@ def _read_nifti(path: Path) -> tuple[Any, tuple[float, ...]]:
         raise FileNotFoundError(path)
     try:
         image = nibabel.load(path)
+        with nibabel.openers.ImageOpener(path) as file:
+            # Unchecked: checking sets a distance of 0 to 1 and takes the size of a negative one.
+            header = type(image.header).from_fileobj(file, check=False)
         scaled = image.dataobj.slope != 1 or image.dataobj.inter != 0
         array = np.asarray(image.dataobj) if scaled else np.asarray(image.dataobj.get_unscaled())
-        lengths = [float(length) for length in image.header.get_zooms()]
+        lengths = [float(length) for length in header["pixdim"][1 : 1 + array.ndim]]
     except Exception as error:  # nibabel raises many kinds for a damaged file
-        raise FileError(f"{path} must be a NIfTI volume; {error}") from error
-    return array.transpose(), tuple(reversed(lengths[: array.ndim]))
+        raise FileError(f"{path} must be a NIfTI volume; {one_line(error)}") from error
+    spacing = tuple(reversed(lengths))
+    if not all(0 < length < inf for length in spacing):
+        raise FileError(f"{path} must have positive distances between voxels; it has {spacing}")
+    return array.transpose(), spacing

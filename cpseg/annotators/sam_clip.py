@@ -11,6 +11,7 @@ tokens that are like themselves, in their queries, keys and values, without feed
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, Literal, final, get_args
 
 import torch
@@ -18,9 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cpseg import _checks
-from cpseg.annotators.huggingface import Preprocessing
 from cpseg.annotators.images import check_images, in_batches, resize
-from cpseg.annotators.seem.text import ClassNames, Tokenizer, class_prompts
+from cpseg.annotators.preprocessing import Preprocessing
+from cpseg.annotators.prompts import (
+    ClassNames,
+    Tokenizer,
+    check_background,
+    check_templates,
+    class_prompts,
+    prompt_tokens,
+)
 from cpseg.annotators.source import describe_source
 from cpseg.errors import InputError
 
@@ -49,6 +57,7 @@ CLIP_PREPROCESSING = Preprocessing(
 _SAM_MEAN = (123.675, 116.28, 103.53)
 _SAM_STD = (58.395, 57.12, 57.375)
 _POINTS = 64  # prompts of one call of SAM's mask decoder
+_CHUNK = 4 * 2**20  # pixels of segments that are brought to floats at a time
 
 
 @final
@@ -68,7 +77,7 @@ class SamClipAnnotator:
         clip: A ``CLIPModel`` of transformers, on the same device. It is set to eval mode.
         class_names: The C classes in order, or a mapping from a class to its texts.
         tokenizer: Texts to CLIP's token ids ``(T, L)``; see
-            :func:`cpseg.annotators.seem.clip_tokenizer`.
+            :func:`cpseg.annotators.clip_tokenizer`.
         background: Index of the background class; needed for ``uncovered="background"``.
         templates: What a text is put into; the embeddings are averaged.
         overlap: Which segment a pixel in several takes: the smallest, the surest of its class, or
@@ -105,8 +114,8 @@ class SamClipAnnotator:
         names, texts = class_prompts(class_names)
         _check_policies(overlap, uncovered, background, len(names))
         _checks.check_integer("points_per_side", points_per_side, 1)
-        if not templates or any(template.count("{}") != 1 for template in templates):
-            raise InputError(f"templates must each hold one {{}}; got {list(templates)}")
+        _checks.check_integer("depth", depth, 1)
+        templates = check_templates(templates)
         self.class_names: tuple[str, ...] = tuple(names)
         self._sam, self._clip = sam.eval(), clip.eval()
         self._background = background
@@ -118,11 +127,15 @@ class SamClipAnnotator:
         self._counts = [len(group) for group in texts]
         network: Any = clip
         self._scale = float(network.logit_scale.detach().exp()) if scale is None else scale
+        flat = [text for group in texts for text in group]
+        vocabulary = int(network.config.text_config.vocab_size)
+        tokens = prompt_tokens(tokenizer, flat, templates, vocabulary=vocabulary)
         with torch.no_grad():
-            flat = [text for group in texts for text in group]
-            self._texts = _embed(network, flat, tokenizer, templates)
+            self._texts = _embed(network, tokens)
         settings = {
+            "names": names,
             "texts": texts,
+            "tokens": [ids.tolist() for ids in tokens],
             "templates": list(templates),
             "background": background,
             "overlap": overlap,
@@ -215,8 +228,13 @@ def paint_segments(
     size = segments.shape[1:]
     covered = segments.any(0)
     if overlap == "product":
-        mixed = torch.einsum("khw,kc->chw", segments.to(log_probabilities), log_probabilities)
-        logits = mixed.log_softmax(0)
+        mixed = log_probabilities.new_zeros((classes, prod(size)))
+        step = max(1, _CHUNK // max(1, prod(size)))
+        for start in range(0, len(segments), step):
+            part = slice(start, start + step)
+            inside = segments[part].flatten(1).to(log_probabilities)
+            mixed.addmm_(log_probabilities[part].T, inside)
+        logits = mixed.view(classes, *size).log_softmax(0)
     else:
         rank = segments.sum((1, 2)) if overlap == "smallest" else -log_probabilities.amax(1)
         owner = segments.new_zeros(size, dtype=torch.int64)
@@ -303,10 +321,13 @@ def sam_segments(
     height, width = int(image.shape[-2]), int(image.shape[-1])
     side = int(network.config.vision_config.image_size)
     longest = max(height, width)
-    seen = (max(1, round(height * side / longest)), max(1, round(width * side / longest)))
+    seen = (
+        max(1, int(height * side / longest + 0.5)),
+        max(1, int(width * side / longest + 0.5)),
+    )
     like = next(sam.parameters())
     scale = torch.tensor((_SAM_MEAN, _SAM_STD), device=like.device)[:, None, :, None, None]
-    pixels = (resize(image, seen).to(like.device) - scale[0]) / scale[1]
+    pixels = (resize(image, seen, "bilinear").to(like.device) - scale[0]) / scale[1]
     pixels = functional.pad(pixels, (0, side - seen[1], 0, side - seen[0]))
     embedding = network.get_image_embeddings(pixels.to(like.dtype))
     if not isinstance(embedding, Tensor):  # older releases answer with a tuple
@@ -314,27 +335,34 @@ def sam_segments(
     points = _grid(points_per_side, seen).to(like)
     kept: list[Tensor] = []
     quality: list[Tensor] = []
+    rows = columns = side
     for part in torch.split(points, _POINTS):
         output = network(image_embeddings=embedding, input_points=part[None, :, None])
         masks = output.pred_masks[0].flatten(0, 1).float()  # (P * 3, h, w)
         iou = output.iou_scores[0].flatten().float()
         # What lies beyond the image in the padded square is no part of a segment.
         rows, columns = (-(-n * masks.shape[-1] // side) for n in seen)
-        masks = masks[:, :rows, :columns]
-        wide = (masks > -1).sum((1, 2))
-        stable = (masks > 1).sum((1, 2)) / wide.clamp(min=1)
-        good = (iou >= min_iou) & (stable >= min_stability) & (masks > 0).any(2).any(1)
+        inside = masks[:, :rows, :columns]
+        wide = (inside > -1).sum((1, 2))
+        stable = (inside > 1).sum((1, 2)) / wide.clamp(min=1)
+        good = (iou >= min_iou) & (stable >= min_stability) & (inside > 0).any(2).any(1)
         kept.append(masks[good])
         quality.append(iou[good])
     masks, iou = torch.cat(kept), torch.cat(quality)
-    chosen = non_maximum_suppression(_boxes(masks > 0), iou, max_overlap)
+    chosen = non_maximum_suppression(_boxes(masks[:, :rows, :columns] > 0), iou, max_overlap)
     out = torch.zeros((len(chosen), height, width), dtype=torch.bool, device=masks.device)
     for place, k in enumerate(chosen.tolist()):
-        full = functional.interpolate(
-            masks[k][None, None], size=(height, width), mode="bilinear", align_corners=False
-        )
-        out[place] = full[0, 0] > 0
+        out[place] = _full_mask(masks[k], side, seen, (height, width)) > 0
     return out[out.any(2).any(1)]
+
+
+def _full_mask(mask: Tensor, side: int, seen: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """One mask ``(h, w)`` of the padded square, on the image's own pixels: ``size``."""
+    square = functional.interpolate(
+        mask[None, None], size=(side, side), mode="bilinear", align_corners=False
+    )
+    image = square[..., : seen[0], : seen[1]]
+    return functional.interpolate(image, size=size, mode="bilinear", align_corners=False)[0, 0]
 
 
 def non_maximum_suppression(boxes: Tensor, scores: Tensor, max_overlap: float) -> Tensor:
@@ -421,13 +449,10 @@ def _self_self_attention(attention: Any, x: Tensor) -> Tensor:
     return attention.out_proj((mixed / 3).transpose(1, 2).reshape(batch, count, width))
 
 
-def _embed(
-    clip: Any, texts: Sequence[str], tokenizer: Tokenizer, templates: Sequence[str]
-) -> Tensor:
+def _embed(clip: Any, tokens: Sequence[Tensor]) -> Tensor:
     """One embedding per text, of length 1. Shape ``(T, D)``."""
     rows: list[Tensor] = []
-    for text in texts:
-        ids = tokenizer([template.format(text) for template in templates])
+    for ids in tokens:
         features = clip.get_text_features(input_ids=ids.to(clip.logit_scale.device))
         # Older releases answer with the tensor itself.
         features = features if isinstance(features, Tensor) else features.pooler_output
@@ -464,5 +489,4 @@ def _check_policies(overlap: str, uncovered: str, background: int | None, num_cl
         )
     if background is None and uncovered == "background":
         raise InputError("background must be a class where uncovered pixels become it; got None")
-    if background is not None and not 0 <= background < num_classes:
-        raise InputError(f"background must be a class in [0, {num_classes}); got {background}")
+    check_background(background, num_classes)

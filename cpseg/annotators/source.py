@@ -3,42 +3,96 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 
 import torch
 from torch import nn
 
-__all__ = ["describe_source"]
+__all__ = ["describe_source", "difference"]
 
-_SAMPLES = 64
+_LONGEST = 24  # characters of a setting that are shown; longer ones are hashed
+_MOST = 3  # fields that a message names
 
 
 def describe_source(name: str, model: nn.Module | None, settings: Mapping[str, object]) -> str:
     """A line that changes with the weights or any setting, and not with the device.
 
+    Fields stand between semicolons, so that :func:`difference` can name the one that differs.
+    What leaves no trace in the weights, such as strides, belongs among the settings.
+
     Args:
         name: What kind of annotator.
-        model: Its network: names, shapes and 64 values of every parameter are hashed.
-        settings: Everything else that changes logits; must be JSON or print the same each time.
+        model: Its network: names, dtypes, shapes and every bit of its state are hashed.
+        settings: Everything else that changes logits; must be JSON, a dataclass, or print the
+            same each time.
 
     Returns:
         The line.
 
     Examples:
-        >>> describe_source("mine", None, {"short": 512})
-        'mine; settings 46ff3e9cd221'
+        >>> describe_source("mine", None, {"short": 512, "names": ["cat", "dog", "another cat"]})
+        'mine; names=c709e8256064; short=512'
     """
-    body = json.dumps(dict(settings), sort_keys=True, default=str)
-    line = f"{name}; settings {hashlib.sha256(body.encode()).hexdigest()[:12]}"
-    return line if model is None else f"{line}; weights {_weights(model)}"
+    flat: dict[str, object] = {}
+    for key, value in settings.items():
+        if is_dataclass(value):
+            flat |= {f"{key}.{f.name}": getattr(value, f.name) for f in fields(value)}
+        else:
+            flat[key] = value
+    parts = [name, *(f"{key}={_shown(flat[key])}" for key in sorted(flat))]
+    if model is not None:
+        parts.append(f"weights={_weights(model)}")
+    return "; ".join(parts)
+
+
+def difference(ours: str | None, theirs: str | None) -> str:
+    """Which fields of two sources differ, with both values.
+
+    Args:
+        ours: A source of :func:`describe_source` or of a user's own; None: none is known.
+        theirs: Another one.
+
+    Returns:
+        The first few fields.
+
+    Examples:
+        >>> difference("mine; mode=1; short=512", "mine; mode=1; short=640")
+        'short is 512 here and 640 there'
+    """
+    here, there = _fields(ours), _fields(theirs)
+    names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    said = [
+        f"{name} is {here.get(name, 'not given')} here and {there.get(name, 'not given')} there"
+        for name in names[:_MOST]
+    ]
+    more = f", and {len(names) - _MOST} more fields" if len(names) > _MOST else ""
+    return ", ".join(said) + more
+
+
+def _fields(source: str | None) -> dict[str, str]:
+    """Field names and values; what has no name is the source's first part."""
+    found: dict[str, str] = {}
+    for part in (source or "").split("; "):
+        name, equals, value = part.partition("=")
+        if equals:
+            found[name] = value
+        elif part:
+            found["source"] = f"{found['source']}; {part}" if "source" in found else part
+    return found
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    if len(text) <= _LONGEST and ";" not in text:
+        return text
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _weights(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        flat = value.detach().flatten()
-        if flat.numel():
-            places = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64)
-            sample = flat[places.round().long().to(flat.device)].to("cpu", torch.float64)
-            digest.update(sample.numpy().tobytes())
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        flat = flat.as_strided(flat.shape, (1,))  # one value alone may keep a stride of its own
+        digest.update(flat.view(torch.uint8).numpy())
     return digest.hexdigest()[:12]

@@ -3,7 +3,7 @@
 from cpseg.annotators.seem.annotator import SEEMAnnotator, UpstreamSEEMAnnotator
 from cpseg.annotators.seem.checkpoint import load_checkpoint, load_state
 from cpseg.annotators.seem.model import SEEM, SEEMConfig
-from cpseg.annotators.seem.text import SEEM_TEMPLATES, clip_tokenizer
+from cpseg.annotators.seem.text import SEEM_TEMPLATES
 
 __all__ = [
     "SEEM",
@@ -11,7 +11,6 @@ __all__ = [
     "SEEMAnnotator",
     "SEEMConfig",
     "UpstreamSEEMAnnotator",
-    "clip_tokenizer",
     "load_checkpoint",
     "load_state",
 ]

@@ -8,16 +8,32 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from cpseg.annotators.images import check_images, in_batches, resize, rgb, short_side
-from cpseg.annotators.mask_class import log_probabilities, mask_class_probabilities
-from cpseg.annotators.seem.model import _STRIDE, SEEM
-from cpseg.annotators.seem.text import (
-    SEEM_TEMPLATES,
-    ClassNames,
-    class_prompts,
-    clip_tokenizer,
-    embed,
+from cpseg import _checks
+from cpseg.annotators.images import (
+    check_images,
+    check_size,
+    in_batches,
+    resize,
+    rgb,
+    short_side,
 )
+from cpseg.annotators.mask_class import (
+    log_probabilities,
+    mask_class_probabilities,
+    resize_masks,
+)
+from cpseg.annotators.prompts import (
+    ClassNames,
+    check_background,
+    check_templates,
+    check_token_ids,
+    class_prompts,
+    clean_name,
+    clip_tokenizer,
+    prompt_tokens,
+)
+from cpseg.annotators.seem.model import _STRIDE, SEEM
+from cpseg.annotators.seem.text import SEEM_TEMPLATES, embed
 from cpseg.annotators.source import describe_source
 from cpseg.errors import InputError
 
@@ -91,30 +107,46 @@ class SEEMAnnotator:
                 "mode must be 'complement' or 'void' with a background class and 'none' without; "
                 f"got {mode!r} with background={background}"
             )
-        if not templates or any(template.count("{}") != 1 for template in templates):
-            raise InputError(f"templates must each hold one {{}}; got {list(templates)}")
-        if short < 1 or (longest is not None and longest < 1):
-            raise InputError(f"short and longest must be at least 1; got {short} and {longest}")
+        self._templates = check_templates(templates)
+        _checks.check_integer("short", short, 1)
+        if longest is not None:
+            _checks.check_integer("longest", longest, 1)
+        if output_size is not None:
+            check_size("output_size", output_size)
+        if autocast is not None and autocast not in (torch.bfloat16, torch.float16):
+            raise InputError(
+                f"autocast must be torch.bfloat16, torch.float16 or None; got {autocast}"
+            )
         self._model = model.eval()
         self._background = 0 if background is None else background
         self._mode: Literal["complement", "void", "none"] = mode
-        self._templates = tuple(templates)
         self._tokenizer = tokenizer if callable(tokenizer) else clip_tokenizer(tokenizer)
         self._short, self._longest = short, longest
         self._output_size = output_size
         self._autocast = autocast
+        self._vocabulary = model.config.text_vocabulary
+        flat = [*(text for group in self._prompts for text in group), void_text]
+        tokens = prompt_tokens(
+            self._tokenizer,
+            [clean_name(text) for text in flat],
+            self._templates,
+            vocabulary=self._vocabulary,
+        )
         with torch.no_grad():
-            flat = [text for group in self._prompts for text in group]
-            self._embeddings = embed(model, [*flat, void_text], self._tokenizer, self._templates)
+            self._embeddings = embed(model, tokens)
         self.source: str = describe_source(
-            f"SEEM {model.config.block}, {len(names)} classes, mode={mode}, short={short}",
+            f"SEEM {model.config.block}, {len(names)} classes",
             model,
             {
+                "config": model.config,
                 "names": names,
                 "texts": self._prompts,
+                "tokens": [ids.tolist() for ids in tokens],
                 "background": background,
+                "mode": mode,
                 "void": void_text,
                 "templates": self._templates,
+                "short": short,
                 "longest": longest,
                 "output_size": output_size,
                 "dtype": str(autocast or self._embeddings.dtype),
@@ -150,7 +182,7 @@ class SEEMAnnotator:
             self._output_size or (height, width),
             mode=self._mode,
             background=self._background,
-            padded_size=(seen[0] + -seen[0] % _STRIDE, seen[1] + -seen[1] % _STRIDE),
+            padded_size=_padded(seen),
             image_size=seen,
         )
 
@@ -185,17 +217,14 @@ class SEEMAnnotator:
         size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
         seen = short_side(size, self._short, self._longest)
         device = self._embeddings.device
-        ids = self._tokenizer([text for group in self._prompts for text in group]).to(device)
+        texts = [text for group in self._prompts for text in group]
+        ids = self._tokenizer(texts)
+        check_token_ids(ids, texts, vocabulary=self._vocabulary)
+        ids = ids.to(device)
         ends = ids.argmax(1, keepdim=True)
         within = torch.arange(ids.shape[1], device=device) <= ends
         masks = self._model.refer(resize(pixels, seen).to(device), ids, within)
-        padded = (seen[0] + -seen[0] % _STRIDE, seen[1] + -seen[1] % _STRIDE)
-        resized = torch.nn.functional.interpolate(
-            masks[None], size=padded, mode="bilinear", align_corners=False
-        )[..., : seen[0], : seen[1]]
-        resized = torch.nn.functional.interpolate(
-            resized, size=size, mode="bicubic", align_corners=False, antialias=True
-        )[0]
+        resized = resize_masks(masks[None], size, _padded(seen), seen)[0]
         counts = [len(group) for group in self._prompts]
         return torch.stack([part.amax(0) for part in torch.split(resized, counts)])
 
@@ -237,6 +266,7 @@ class UpstreamSEEMAnnotator:
             raise InputError(
                 "class_names must be a sequence of names; the original has no synonyms"
             )
+        _checks.check_integer("short", short, 1)
         self.class_names: tuple[str, ...] = tuple(names)
         prompts = _prompted(names, texts, background, void_text)
         self._texts = [*(text for group in prompts for text in group), void_text]
@@ -252,9 +282,15 @@ class UpstreamSEEMAnnotator:
         self._embeddings: Tensor | None = None
         mode = "none" if background is None else "complement"
         self.source: str = describe_source(
-            f"{source}, {len(names)} classes, mode={mode}, short={short}",
+            f"{source}, {len(names)} classes",
             inner if isinstance(inner, nn.Module) else None,
-            {"names": names, "background": background, "void": void_text},
+            {
+                "names": names,
+                "background": background,
+                "mode": mode,
+                "short": short,
+                "void": void_text,
+            },
         )
 
     @torch.no_grad()
@@ -309,11 +345,7 @@ def _prompted(
     names: list[str], texts: list[list[str]], background: int | None, void_text: str
 ) -> list[list[str]]:
     """The texts of the classes that are prompted: all but the background."""
-    if background is not None and not 0 <= background < len(names):
-        raise InputError(
-            f"background must be an index of class_names, in [0, {len(names)}), or None; "
-            f"got {background}"
-        )
+    check_background(background, len(names))
     if not void_text.strip():
         raise InputError("void_text must not be empty; SEEM needs a name for nothing")
     prompts = [group for place, group in enumerate(texts) if place != background]
@@ -335,6 +367,11 @@ def _add_synonyms(class_logits: Tensor, prompts: list[list[str]]) -> Tensor:
         return class_logits
     counts = [*(len(group) for group in prompts), 1]
     return torch.stack([part.logsumexp(-1) for part in torch.split(class_logits, counts, -1)], -1)
+
+
+def _padded(size: tuple[int, int]) -> tuple[int, int]:
+    """The size that the network pads an image to."""
+    return size[0] + -size[0] % _STRIDE, size[1] + -size[1] % _STRIDE
 
 
 def _precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpseg.annotators.pretrained import one_line
 from cpseg.annotators.seem.model import SEEM, SEEMConfig
 from cpseg.errors import FileError
 
@@ -51,7 +52,9 @@ def load_checkpoint(path: str | Path, config: SEEMConfig | None = None) -> SEEM:
     except FileNotFoundError:
         raise
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise FileError(f"{path} must be a checkpoint of tensors; {error}") from error
+        raise FileError(f"{path} must be a checkpoint of tensors; {one_line(error)}") from error
+    if not isinstance(state, Mapping):
+        raise FileError(f"{path} must map names to tensors; it holds {type(state).__name__}")
     for wrapper in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
