@@ -78,5 +78,5 @@ $(VENV)/.core: pyproject.toml $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.core
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,plot,data,hf,nifti,train]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,plot,data,hf,nifti,train,export]'
 	@touch $@

@@ -16,15 +16,17 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
-from cpseg.accumulate import Evidence, Exact, Histogram, _counts, upward
+from cpseg.accumulate import Evidence, Exact, Histogram, count, cuts, upward
 from cpseg.calibration import Calibration, call_of, describe_score, score_from_description
 from cpseg.errors import CpsegError, InputError, StateError
 from cpseg.protocols import Score
 from cpseg.quantile import MAX_UNITS, UNIT_MASS, Level, budget, level
+from cpseg.scores import ColumnScore, at_class, score_columns
 
 Unit = Literal["image", "pixel"]
 Store = Literal["histogram", "exact"]
-Shared = tuple[Score, Unit, Store, int, str | None]  # score, unit, store, ignore_index, source
+# score, unit, store, ignore_index, source, compiled
+Shared = tuple[Score, Unit, Store, int, str | None, bool]
 
 
 @final
@@ -97,6 +99,7 @@ class AnyCalibrator:
     store: Store
     ignore_index: int
     source: str | None
+    compiled: bool
     num_classes: int | None
     _shape: tuple[int, ...]  # of the rows: what has a threshold of its own
     _seen: tuple[Evidence, Evidence] | None
@@ -118,7 +121,7 @@ class AnyCalibrator:
         shared: Shared,
         num_classes: int | None = None,
     ) -> None:
-        score, unit, store, ignore_index, source = shared
+        score, unit, store, ignore_index, source, compiled = shared
         if unit not in ("image", "pixel"):
             raise InputError(f'unit must be "image" or "pixel"; got {unit!r}')
         if store not in ("histogram", "exact"):
@@ -134,12 +137,14 @@ class AnyCalibrator:
             raise InputError(
                 f'store must be "exact" for a score without a range; got "histogram" with {score!r}'
             )
+        _checks.check_flag("compiled", compiled)
         self.axes, self._shape = axes, rows
         self.score = score
         self.unit = unit
         self.store = store
         self.ignore_index = ignore_index
         self.source = source
+        self.compiled = compiled
         self.num_classes = num_classes
         self._declared_classes = num_classes
         self.reset()
@@ -158,40 +163,54 @@ class AnyCalibrator:
         _checks.check_ignore_index(self.ignore_index, classes)
         # State made inside a caller's inference mode could not be added to outside it.
         with torch.inference_mode(mode=False), torch.no_grad():
-            flat = labels.long().reshape(batch, -1)
-            labelled = flat != self.ignore_index
-            known = labelled & (flat >= 0) & (flat < classes)
-            wanted = (flat * known).view(labels.shape)
-            raw = self.score.of_labels(logits, wanted)
-            if raw.shape != labels.shape or raw.dtype not in _checks.FLOATS:
-                raise InputError(
-                    f"score.of_labels must give floats of shape {_checks.describe(labels.shape)}; "
-                    f"got {raw.dtype} {_checks.describe(raw.shape)}"
-                )
+            near = (labels[:, None],)
+            scores, marks = score_columns(_Scored, self.score, logits, near, compiled=self.compiled)
             # From here on nothing is refused. If it is interrupted, nothing is computed from half.
             self._torn = True
             own, pooled = self._evidence(classes, logits.device)
             self._open.update(ids or ())
             home = own.num_units.device  # where the first batch was, or the state loaded
-            single = upward(raw)
-            scores, rows = single.view(batch, -1).to(home), rows.to(home)
-            flat, labelled, known = flat.to(home), labelled.to(home), known.to(home)
-            usable = known & ~scores.isnan()
-            fits = usable & own.store.fits(scores)
-            row = rows.expand(batch, *space).reshape(batch, -1)
-            placed = (row >= 0) & (row < own.store.rows)
-            faulty = (labelled & ~known, known & ~usable, usable & ~fits, labelled & ~placed)
-            self._faults += torch.stack([fault.sum() for fault in faulty])
-            valid = fits & placed
-            own.add(scores, row, valid, ids)
+            rows = rows.to(home).expand(batch, *space).reshape(batch, -1)
+            flat, scores, marks = (
+                part.to(home).reshape(batch, -1) for part in (labels, scores, marks)
+            )
+            valid = self._judge(flat, rows, scores, marks)
+            own.add(scores, rows, valid, ids)
             if pooled is not own:
-                pooled.add(scores, torch.zeros_like(row), valid, ids)
-            self._note_shares(flat, valid, classes)
-            marks = _marks(logits, wanted, single).view(batch, -1).to(home)
-            self._checksum += torch.stack((valid.sum(), (marks * valid).sum()))
+                pooled.add(scores, torch.zeros_like(rows[:1, :1]).expand(rows.shape), valid, ids)
         self._anonymous += batch if ids is None else 0
         self._torn = False
         return self
+
+    def _judge(self, labels: Tensor, rows: Tensor, scores: Tensor, marks: Tensor) -> Tensor:
+        """Which pixels count, having taken note of the others, of shares and of the data itself.
+
+        All ``(B, N)``; a part of the pixels at a time, so that what is made on the way is small.
+        """
+        batch, size = labels.shape
+        classes = len(self._max_share)
+        store = self._both()[0].store
+        valid = torch.empty((batch, size), dtype=torch.bool, device=labels.device)
+        entry = torch.arange(batch, device=labels.device)[:, None] * classes
+        pixels = torch.zeros(batch * classes + 1, dtype=torch.int64, device=labels.device)
+        for part in cuts(batch, size, labels.device):
+            label, row, score = labels[:, part].long(), rows[:, part].long(), scores[:, part]
+            labelled = label != self.ignore_index
+            known = labelled & (label >= 0) & (label < classes)
+            usable = known & ~score.isnan()
+            fits = usable & store.fits(score)
+            placed = (row >= 0) & (row < store.rows)
+            faulty = (labelled & ~known, known & ~usable, usable & ~fits, known & ~placed)
+            self._faults += torch.stack([fault.sum() for fault in faulty])
+            counts = fits & placed
+            valid[:, part] = counts
+            count(pixels, torch.where(counts, label + entry, batch * classes))
+            # Order-free: a wrapped sum over the pixels.
+            self._checksum += torch.stack((counts.sum(), (marks[:, part].long() * counts).sum()))
+        # Of all its pixels, void ones too: a nearly void image must not make a share of 1 plausible.
+        share = pixels[:-1].view(batch, classes).double() / size
+        self._max_share = self._max_share.maximum(share.amax(0))
+        return valid
 
     def _admit(self, unit_ids: Sequence[int] | Tensor | None, batch: int) -> list[int] | None:
         """The ids of a batch, checked before anything is changed."""
@@ -248,15 +267,6 @@ class AnyCalibrator:
         else:
             held = Histogram(rows, *limits, device)
         return Evidence(held, by_unit=self.unit == "image", device=device)
-
-    def _note_shares(self, labels: Tensor, valid: Tensor, classes: int) -> None:
-        batch = labels.shape[0]
-        entry = torch.arange(batch, device=labels.device)[:, None] * classes
-        index = torch.where(valid, labels + entry, batch * classes)
-        pixels = _counts(index, batch * classes)
-        # Of all its pixels, void ones too: a nearly void image must not make a share of 1 plausible.
-        share = pixels.view(batch, classes).double() / labels.shape[1]
-        self._max_share = self._max_share.maximum(share.amax(0))
 
     # --- the accumulator's algebra ---
 
@@ -610,15 +620,27 @@ def check_origin(name: str, fitted_on: Origin, calibrator: AnyCalibrator) -> Non
         )
 
 
-def _marks(logits: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
-    """A hash of each pixel's label, of that class's logit and of its score. int32."""
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """Each label's score, NaN where it is no class, and a hash of what it was computed from."""
+
+    score: ColumnScore
+
+    def __call__(self, x: Tensor, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
+        labels = beside[0][0]
+        known = (labels >= 0) & (labels < len(x))
+        clean = labels * known
+        scores = upward(self.score.label_columns(x, position, clean))
+        return torch.where(known, scores, torch.nan), _mark(clean, at_class(x, clean), scores)
+
+
+def _mark(labels: Tensor, logits: Tensor, scores: Tensor) -> Tensor:
+    """A hash of each pixel's label, of that class's logit and of its score. int16."""
     mark = labels.int() * 0x5BD1E995
-    own = logits.gather(1, labels[:, None])[:, 0].float()
-    for part, factor in ((own, 0x2C1B3C6D), (scores, 0x297A2D39)):
-        mark ^= part.view(torch.int32)
-        mark *= factor
-        mark ^= mark >> 15
-    return mark
+    for part, factor in ((logits.float(), 0x2C1B3C6D), (scores, 0x297A2D39)):
+        mark = (mark ^ part.view(torch.int32)) * factor
+        mark = mark ^ (mark >> 15)
+    return mark.to(torch.int16)
 
 
 def _check_state(state: Mapping[str, object]) -> None:

@@ -152,6 +152,12 @@ def is_number(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, Real)
 
 
+def check_flag(name: str, value: object) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} must be True or False; got {value!r}")
+
+
 def check_weight(name: str, value: object) -> None:
     """A finite number of at least zero."""
     if not is_number(value) or not 0 <= float(cast("SupportsFloat", value)) < inf:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import index
 from typing import Any, Protocol, Self, TypeVar, cast, final
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -84,7 +85,7 @@ class Histogram:
     def __init__(
         self, rows: int, low: float, high: float, device: torch.device | str = "cpu"
     ) -> None:
-        span = torch.tensor(high, dtype=torch.float32) - torch.tensor(low, dtype=torch.float32)
+        span = np.float32(high) - np.float32(low)
         if not (0 < float(span) < torch.inf):
             raise InputError(
                 f"a histogram needs a finite range with low < high; got [{low}, {high}]. "
@@ -95,8 +96,8 @@ class Histogram:
         self.high: float = high
         self._half = float(span) / 2
         self._least = self._half * 2.0**-23
-        ends = torch.tensor([self._least, self._half], dtype=torch.float32)
-        self._first, last = _mantissa(ends).tolist()
+        ends = np.array([self._least, self._half], dtype=np.float32)
+        self._first, last = (ends.view(np.int32) >> _DROPPED).tolist()
         side = last - self._first + 1
         self.num_cells: int = 2 * side + 1  # both sides, and +inf
         self.mass: Tensor = torch.zeros(rows * self.num_cells + 1, dtype=torch.int64, device=device)
@@ -180,7 +181,10 @@ class Histogram:
 
 def _mantissa(distance: Tensor) -> Tensor:
     """Exponent and ten bits of mantissa of a positive float32. int32."""
-    return distance.view(torch.int32) >> 13
+    return distance.view(torch.int32) >> _DROPPED
+
+
+_DROPPED = 13  # bits of a float32's mantissa that do not tell cells apart
 
 
 @final
@@ -325,21 +329,28 @@ class Evidence:
             valid: Which pixels count. Bool ``(B, N)``.
             unit_ids: The unit of each batch entry, which stays open; None: each is one unit.
         """
-        batch = scores.shape[0]
-        nowhere = self.store.rows * self.store.num_cells
-        rows = torch.where(valid, rows, 0)
-        keys = torch.where(valid, rows * self.store.num_cells + self.store.cells(scores), nowhere)
         if unit_ids is not None:
-            for held, unit in zip(keys, unit_ids, strict=True):
+            for held, unit in zip(self._keys(scores, rows, valid), unit_ids, strict=True):
                 self._hold(unit, *torch.unique(held, return_counts=True))
             return
+        batch, size = scores.shape
         entry = torch.arange(batch, device=rows.device)[:, None] * self.store.rows
-        pixels = _counts(
-            torch.where(valid, rows + entry, batch * self.store.rows), batch * self.store.rows
-        ).view(batch, -1)
+        nowhere = batch * self.store.rows
+        held = torch.zeros(nowhere + 1, dtype=torch.int64, device=rows.device)
+        for part in cuts(batch, size, rows.device):
+            count(held, torch.where(valid[:, part], rows[:, part].long() + entry, nowhere))
+        pixels = held[:-1].view(batch, -1)
         self._count(pixels)
-        share = _share(pixels) if self.by_unit else torch.ones_like(pixels)
-        self.store.add(keys, share.view(-1)[rows + entry])
+        share = (_share(pixels) if self.by_unit else torch.ones_like(pixels)).view(-1)
+        for part in cuts(batch, size, rows.device):
+            row = torch.where(valid[:, part], rows[:, part].long(), 0)
+            keys = self._keys(scores[:, part], row, valid[:, part])
+            self.store.add(keys, share[row + entry])
+
+    def _keys(self, scores: Tensor, rows: Tensor, valid: Tensor) -> Tensor:
+        nowhere = self.store.rows * self.store.num_cells
+        keys = rows.long() * self.store.num_cells + self.store.cells(scores)
+        return torch.where(valid, keys, nowhere)
 
     def _hold(self, unit: int, keys: Tensor, counts: Tensor) -> None:
         seen = keys < self.store.rows * self.store.num_cells
@@ -409,11 +420,19 @@ def _split(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     return tuple(torch.split_with_sizes(values, list(sizes)))
 
 
-def _counts(index: Tensor, size: int) -> Tensor:
-    """How often each of ``0 .. size - 1`` occurs; ``size`` itself is thrown away. int64."""
-    counts = torch.zeros(size + 1, dtype=torch.int64, device=index.device)
+def cuts(batch: int, size: int, device: torch.device) -> list[slice]:
+    """Parts of ``size`` pixels of ``batch`` images that fit a core's cache."""
+    step = max(_PART_PIXELS.get(device.type, 2**24) // max(batch, 1), 1)
+    return [slice(start, start + step) for start in range(0, size, step)]
+
+
+_PART_PIXELS = {"cpu": 2**15}
+
+
+def count(counts: Tensor, index: Tensor) -> None:
+    """Add one to ``counts`` wherever ``index`` says."""
     flat = index.reshape(-1)
-    return counts.index_add_(0, flat, torch.ones_like(flat))[:-1]
+    counts.index_add_(0, flat, torch.ones_like(flat))
 
 
 def _share(pixels: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ class SplitCalibrator(AnyCalibrator):
         store: ``"histogram"``: bounded memory, thresholds at most 0.1 % too high; ``"exact"``.
         ignore_index: Label of pixels that do not count; no class.
         source: What the logits come from, if calibration must be tied to it.
+        compiled: Fuse the scoring into one kernel, as :class:`cpseg.PixelSetPredictor` does.
 
     Raises:
         InputError: If an argument breaks its rule, the score is none or does not say what its
@@ -93,8 +94,9 @@ class SplitCalibrator(AnyCalibrator):
         store: Store = "histogram",
         ignore_index: int = 255,
         source: str | None = None,
+        compiled: bool = False,
     ) -> None:
-        shared = score, unit, store, ignore_index, source
+        shared = score, unit, store, ignore_index, source, compiled
         super().__init__((), (1,), shared)
 
     def update(
@@ -141,6 +143,7 @@ class ClassConditionalCalibrator(AnyCalibrator):
         store: As for :class:`SplitCalibrator`.
         ignore_index: Label of pixels that do not count; no class.
         source: What the logits come from, if calibration must be tied to it.
+        compiled: Fuse the scoring into one kernel, as :class:`cpseg.PixelSetPredictor` does.
 
     Raises:
         InputError: As for :class:`SplitCalibrator`, and if there is no class.
@@ -162,9 +165,10 @@ class ClassConditionalCalibrator(AnyCalibrator):
         store: Store = "histogram",
         ignore_index: int = 255,
         source: str | None = None,
+        compiled: bool = False,
     ) -> None:
         num_classes = _checks.check_integer("num_classes", num_classes, 1)
-        shared = score, unit, store, ignore_index, source
+        shared = score, unit, store, ignore_index, source, compiled
         super().__init__(("class",), (num_classes,), shared, num_classes)
 
     def update(
@@ -172,9 +176,7 @@ class ClassConditionalCalibrator(AnyCalibrator):
     ) -> Self:
         """See a batch; arguments and errors as for :meth:`SplitCalibrator.update`."""
         check_batch(logits, labels, self.num_classes)
-        rows = labels.long()  # first: 200 compared as int8 is -56
-        known = (rows >= 0) & (rows < logits.shape[1])
-        return self._see(logits, labels, rows * known, unit_ids)
+        return self._see(logits, labels, labels, unit_ids)
 
     def _arguments(self) -> dict[str, Any]:
         return {**super()._arguments(), "num_classes": self._declared_classes}
@@ -200,6 +202,7 @@ class GroupCalibrator(AnyCalibrator):
         store: As for :class:`SplitCalibrator`.
         ignore_index: Label of pixels that do not count; no class.
         source: What the logits come from, if calibration must be tied to it.
+        compiled: Fuse the scoring into one kernel, as :class:`cpseg.PixelSetPredictor` does.
 
     Raises:
         InputError: As for :class:`SplitCalibrator`, and if there is no group or class.
@@ -222,6 +225,7 @@ class GroupCalibrator(AnyCalibrator):
         store: Store = "histogram",
         ignore_index: int = 255,
         source: str | None = None,
+        compiled: bool = False,
     ) -> None:
         self.num_groups: int = _checks.check_integer("num_groups", num_groups, 1)
         axes: tuple[str, ...] = ("group",)
@@ -229,7 +233,7 @@ class GroupCalibrator(AnyCalibrator):
         if num_classes is not None:
             num_classes = _checks.check_integer("num_classes", num_classes, 1)
             axes, rows = ("group", "class"), (self.num_groups, num_classes)
-        shared = score, unit, store, ignore_index, source
+        shared = score, unit, store, ignore_index, source, compiled
         super().__init__(axes, rows, shared, num_classes)
 
     def update(
@@ -299,6 +303,7 @@ class LocationCalibrator(AnyCalibrator):
         store: As for :class:`SplitCalibrator`; for clusters, and for all locations pooled.
         ignore_index: Label of pixels that do not count; no class.
         source: What the logits come from, if calibration must be tied to it.
+        compiled: Fuse the scoring into one kernel, as :class:`cpseg.PixelSetPredictor` does.
 
     Raises:
         InputError: As for :class:`SplitCalibrator`, and if the shape is no grid, the clusters are
@@ -325,6 +330,7 @@ class LocationCalibrator(AnyCalibrator):
         store: Store = "histogram",
         ignore_index: int = 255,
         source: str | None = None,
+        compiled: bool = False,
     ) -> None:
         self.shape: tuple[int, ...] = _checks.check_shape("shape", shape)
         _checks.check_alpha(max_alpha, "max_alpha")
@@ -348,7 +354,7 @@ class LocationCalibrator(AnyCalibrator):
             self._map = clusters.map.long().cpu()
             self._clustered = True
             rows = (int(self._map.max()) + 1,)
-        shared = score, unit, store, ignore_index, source
+        shared = score, unit, store, ignore_index, source, compiled
         super().__init__(("location",), rows, shared)
         if clusters is not None and clusters.fitted_on is not None:
             check_origin("clusters", clusters.fitted_on, self)

@@ -15,15 +15,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from math import prod
-from typing import Literal, final
+from typing import Literal, Protocol, cast, final
 
 import torch
 from torch import Tensor
 
 from cpseg import _checks
+from cpseg._tiles import Columns, walk
 from cpseg.calibration import Calibration
 from cpseg.errors import InputError
-from cpseg.predictors import check_input, thresholds_of
+from cpseg.predictors import check_calibration, limit_of, run
+from cpseg.scores import ColumnScore, any_class, at_class, first_class, top_class
 
 __all__ = [
     "AreaGuard",
@@ -36,7 +38,6 @@ __all__ = [
     "Singleton",
     "Top",
     "each_class",
-    "rule_of",
 ]
 
 
@@ -130,6 +131,7 @@ class Argmax:
     Attributes:
         calibration: Thresholds and score.
         guard: Notices classes that flood an image.
+        compiled: Fuse the work into one kernel, as :class:`cpseg.PixelSetPredictor` does.
 
     Examples:
         >>> from cpseg.calibrators import SplitCalibrator
@@ -141,6 +143,7 @@ class Argmax:
 
     calibration: Calibration
     guard: AreaGuard | None = None
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         _check_rule(self)
@@ -151,9 +154,7 @@ class Argmax:
 
     def decide(self, logits: Tensor, groups: Tensor | None = None) -> Decision:
         """Pseudo-labels and reasons."""
-        return _decide(
-            self.calibration, logits, groups, self.guard, choose=_most_likely, propose=_propose_top
-        )
+        return _decide(self, logits, groups)
 
 
 @final
@@ -171,6 +172,7 @@ class Top:
     Attributes:
         calibration: Thresholds and score.
         guard: Notices classes that flood an image.
+        compiled: Fuse the work into one kernel, as :class:`cpseg.PixelSetPredictor` does.
 
     Examples:
         >>> from cpseg.calibrators import SplitCalibrator
@@ -182,6 +184,7 @@ class Top:
 
     calibration: Calibration
     guard: AreaGuard | None = None
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         _check_rule(self)
@@ -192,9 +195,7 @@ class Top:
 
     def decide(self, logits: Tensor, groups: Tensor | None = None) -> Decision:
         """Pseudo-labels and reasons."""
-        return _decide(
-            self.calibration, logits, groups, self.guard, choose=_top_or_none, propose=None
-        )
+        return _decide(self, logits, groups)
 
 
 @final
@@ -212,6 +213,7 @@ class BackgroundPriority:
         calibration: Thresholds and score.
         background: The background's class.
         guard: Notices classes that flood an image.
+        compiled: Fuse the work into one kernel, as :class:`cpseg.PixelSetPredictor` does.
 
     Examples:
         >>> from cpseg.calibrators import SplitCalibrator
@@ -225,6 +227,7 @@ class BackgroundPriority:
     calibration: Calibration
     background: int = 0
     guard: AreaGuard | None = None
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         _checks.check_integer("background", self.background, 0)
@@ -243,32 +246,7 @@ class BackgroundPriority:
         """Pseudo-labels and reasons."""
         _checks.check_logits(logits)
         self._check(logits.shape[1])  # a calibration without data knows no number of classes
-        return _decide(
-            self.calibration, logits, groups, self.guard, choose=self._choose, propose=self._propose
-        )
-
-    def _choose(self, logits: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-        foreground = member.index_fill(
-            1, torch.tensor([self.background], device=member.device), value=False
-        )
-        label, reason = _most_likely(logits, foreground)
-        alone = (reason == Reason.EMPTY) & member[:, self.background]
-        label = torch.where(alone, self.background, label)
-        return label, torch.where(alone, Reason.KEPT, reason)
-
-    def _propose(self, logits: Tensor) -> tuple[Tensor, ...]:
-        parts = [
-            (0, logits[:, : self.background]),
-            (self.background + 1, logits[:, self.background + 1 :]),
-        ]
-        best = [(part.amax(1), _top(part) + start) for start, part in parts if part.shape[1]]
-        background = torch.full_like(logits[:, 0], self.background, dtype=torch.int64)
-        if not best:
-            return (background,)
-        value, foreground = best[0]
-        for later, label in best[1:]:
-            foreground = torch.where(later > value, label, foreground)
-        return foreground, background
+        return _decide(self, logits, groups)
 
 
 @final
@@ -283,6 +261,7 @@ class AtMost:
         calibration: Thresholds and score.
         k: Most classes in the set.
         guard: Notices classes that flood an image.
+        compiled: Fuse the work into one kernel, as :class:`cpseg.PixelSetPredictor` does.
 
     Examples:
         >>> from cpseg.calibrators import SplitCalibrator
@@ -295,6 +274,7 @@ class AtMost:
     calibration: Calibration
     k: int
     guard: AreaGuard | None = None
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         _checks.check_integer("k", self.k, 1)
@@ -306,15 +286,7 @@ class AtMost:
 
     def decide(self, logits: Tensor, groups: Tensor | None = None) -> Decision:
         """Pseudo-labels and reasons."""
-        return _decide(
-            self.calibration, logits, groups, self.guard, choose=self._choose, propose=None
-        )
-
-    def _choose(self, logits: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-        label, reason = _most_likely(logits, member)
-        return label, torch.where(
-            member.sum(1, dtype=torch.int32) > self.k, Reason.TOO_MANY, reason
-        )
+        return _decide(self, logits, groups)
 
 
 @final
@@ -328,6 +300,7 @@ class Singleton:
     Attributes:
         calibration: Thresholds and score.
         guard: Notices classes that flood an image.
+        compiled: Fuse the work into one kernel, as :class:`cpseg.PixelSetPredictor` does.
 
     Examples:
         >>> from cpseg.calibrators import SplitCalibrator
@@ -339,6 +312,7 @@ class Singleton:
 
     calibration: Calibration
     guard: AreaGuard | None = None
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         _check_rule(self)
@@ -349,8 +323,7 @@ class Singleton:
 
     def decide(self, logits: Tensor, groups: Tensor | None = None) -> Decision:
         """Pseudo-labels and reasons."""
-        choose = AtMost(self.calibration, 1)._choose
-        return _decide(self.calibration, logits, groups, self.guard, choose=choose, propose=None)
+        return _decide(self, logits, groups)
 
 
 _AnyFilter = Argmax | Top | BackgroundPriority | AtMost | Singleton
@@ -378,7 +351,12 @@ def rule_of(mask_filter: _AnyFilter) -> str:
 
 def _check_rule(mask_filter: _AnyFilter) -> None:
     """A calibration bound to a rule serves no other, nor that rule with labels taken away."""
-    control, guard = mask_filter.calibration.control, mask_filter.guard
+    check_calibration(mask_filter.calibration)
+    guard = mask_filter.guard
+    if guard is not None and not isinstance(cast("object", guard), AreaGuard):
+        raise InputError(f"guard must be an AreaGuard or None; got {guard!r}")
+    _checks.check_flag("compiled", mask_filter.compiled)
+    control = mask_filter.calibration.control
     mask_filter.calibration.require_rule(rule_of(mask_filter))
     if control is not None and control.rule and guard is not None and guard.action == "abstain":
         raise InputError(
@@ -420,109 +398,229 @@ def each_class(operation: Callable[[Tensor], Tensor], sets: Tensor) -> Tensor:
     return operation(sets.flatten(0, 1)).view(sets.shape)
 
 
-_Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-_Propose = Callable[[Tensor], tuple[Tensor, ...]]
+# --- the rules, on columns -----------------------------------------------------------------------
+
+_KEPT, _EMPTY, _STARVED = int(Reason.KEPT), int(Reason.EMPTY), int(Reason.STARVED)
+_TOO_MANY, _UNUSABLE = int(Reason.TOO_MANY), int(Reason.UNUSABLE)
+
+_Inside = Callable[[Tensor], Tensor]  # labels (N,) to whether each is in its pixel's set
 
 
-def _decide(
-    calibration: Calibration,
-    logits: Tensor,
-    groups: Tensor | None,
-    guard: AreaGuard | None,
-    *,
-    choose: _Choose,
-    propose: _Propose | None,
-) -> Decision:
-    """Labels by ``choose`` from logits and finite members, or by testing what is proposed.
+class _Rule(Protocol):
+    """What a filter makes of a block of logits ``(C, N)``: labels and reasons, each ``(N,)``."""
 
-    ``propose`` names the classes to try in order; their own scores then decide, and no set is
-    built. It serves where one threshold holds for all classes of a pixel and the score follows
-    the logits. Otherwise sets exist for a part of the batch at a time.
-    """
-    check_input(calibration, logits, groups)
-    batch, classes, *space = logits.shape
-    small = classes <= 255 and 0 <= calibration.ignore_index <= 255
-    labels = torch.empty(
-        (batch, *space), dtype=torch.uint8 if small else torch.int64, device=logits.device
-    )
-    reasons = torch.empty((batch, *space), dtype=torch.uint8, device=logits.device)
-    one_for_all = "class" not in calibration.axes
-    quick = propose is not None and one_for_all and calibration.score.follows_logits
-    pixels = prod(space)
-    most = _PART_ELEMENTS.get(logits.device.type, 2**20)
-    step = max(most // (classes * max(pixels, 1)), 1)
+    def by_tests(self, x: Tensor, inside: _Inside) -> tuple[Tensor, Tensor] | None:
+        """From tests of single classes, where a larger logit is never less inside; else None."""
+        ...
+
+    def by_sets(self, x: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+        """From the members with a finite threshold, bool ``(C, N)``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _MostLikely:
+    def proposed(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (top_class(x),)
+
+    def by_tests(self, x: Tensor, inside: _Inside) -> tuple[Tensor, Tensor]:
+        return _in_turn(self.proposed(x), inside)
+
+    def by_sets(self, x: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+        return _best(x, member)
+
+
+@dataclass(frozen=True, slots=True)
+class _TopOnly:
+    def proposed(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (top_class(x),)
+
+    def by_tests(self, x: Tensor, inside: _Inside) -> tuple[Tensor, Tensor]:
+        return _in_turn(self.proposed(x), inside)
+
+    def by_sets(self, x: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+        return _in_turn(self.proposed(x), lambda labels: at_class(member, labels))
+
+
+@dataclass(frozen=True, slots=True)
+class _ForegroundFirst:
+    background: int
+
+    def proposed(self, x: Tensor) -> tuple[Tensor, ...]:
+        background = torch.full_like(x[0], self.background, dtype=torch.int64)
+        return (background,) if len(x) == 1 else (best_of(x, self._foreground(x)), background)
+
+    def by_tests(self, x: Tensor, inside: _Inside) -> tuple[Tensor, Tensor]:
+        return _in_turn(self.proposed(x), inside)
+
+    def by_sets(self, x: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+        label, reason = _best(x, member & self._foreground(x))
+        alone = (reason == _EMPTY) & member[self.background]
+        return torch.where(alone, self.background, label), torch.where(alone, _KEPT, reason)
+
+    def _foreground(self, x: Tensor) -> Tensor:
+        return torch.arange(len(x), device=x.device)[:, None] != self.background
+
+
+@dataclass(frozen=True, slots=True)
+class _AtMostSo:
+    k: int
+
+    def by_tests(self, x: Tensor, inside: _Inside) -> tuple[Tensor, Tensor] | None:
+        if self.k > _FEW:
+            return None
+        label, reason = _in_turn((top_class(x),), inside)
+        if len(x) <= self.k:
+            return label, reason
+        left = torch.ones_like(x, dtype=torch.bool)
+        one_too_many = label
+        for _ in range(self.k):
+            left = left & (torch.arange(len(x), device=x.device)[:, None] != one_too_many)
+            one_too_many = best_of(x, left)
+        return label, torch.where(inside(one_too_many), _TOO_MANY, reason)
+
+    def by_sets(self, x: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+        label, reason = _best(x, member)
+        return label, torch.where(member.sum(0, dtype=torch.int32) > self.k, _TOO_MANY, reason)
+
+
+_FEW = 4  # so many times the largest of the rest is found sooner than all classes are scored
+
+
+@dataclass(frozen=True, slots=True)
+class _Decide:
+    """A rule, and abstention from starved and unusable pixels."""
+
+    score: ColumnScore
+    follows_logits: bool
+    axes: tuple[str, ...]
+    rule: _Rule
+    ignore_index: int
+
+    def __call__(self, x: Tensor, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
+        limit = limit_of(self.axes, beside)
+
+        def inside(labels: Tensor) -> Tensor:
+            own = at_class(limit.expand(x.shape), labels)
+            return (self.score.label_columns(x, position, labels) <= own) & own.isfinite()
+
+        decided = None
+        if self._tests_suffice:
+            decided = self.rule.by_tests(x, inside)
+        if decided is None:
+            member = (self.score.columns(x, position) <= limit) & limit.isfinite()
+            decided = self.rule.by_sets(x, member)
+        label, reason = decided
+        reason = torch.where(
+            at_class(limit.expand(x.shape), top_class(x)).isinf(), _STARVED, reason
+        )
+        reason = torch.where(x.amax(0).isfinite(), reason, _UNUSABLE)
+        label = torch.where(reason == _KEPT, label, self.ignore_index)
+        small = len(x) <= 255 and 0 <= self.ignore_index <= 255
+        return label.to(torch.uint8) if small else label, reason.to(torch.uint8)
+
+    @property
+    def _tests_suffice(self) -> bool:
+        """Whether one class tells of others: they share a threshold, and scores follow logits."""
+        if isinstance(self.rule, _TopOnly):
+            return True
+        return "class" not in self.axes and self.follows_logits
+
+
+def _decide(mask_filter: _AnyFilter, logits: Tensor, groups: Tensor | None) -> Decision:
+    calibration = mask_filter.calibration
     with torch.no_grad():
-        for start in range(0, batch if pixels else 0, step):
-            part = slice(start, start + step)
-            image = logits[part]
-            per_batch = groups is not None and groups.ndim == logits.ndim - 1
-            near = groups[part] if groups is not None and per_batch else groups
-            limit = thresholds_of(calibration, image, near)
-            top = _top(image)[:, None]
-            if quick and propose is not None:
-                label, reason = _try_in_turn(calibration, image, limit, propose(image))
-            else:
-                member = (calibration.score(image) <= limit) & limit.isfinite()
-                label, reason = choose(image, member)
-            starved = limit.isinf().expand(image.shape).gather(1, top)[:, 0]
-            unusable = ~image.amax(1).isfinite()
-            reason = torch.where(starved, Reason.STARVED, reason)
-            reason = torch.where(unusable, Reason.UNUSABLE, reason)
-            labels[part] = torch.where(reason == Reason.KEPT, label, calibration.ignore_index)
-            reasons[part] = reason
-        if guard is not None:
-            _guard(guard, calibration, labels, reasons)
-    return Decision(labels, reasons)
+        made = run(
+            lambda score: columns_of(mask_filter, score),
+            calibration,
+            logits,
+            groups,
+            compiled=mask_filter.compiled,
+        )
+        decision = Decision(*made)
+        if mask_filter.guard is not None:
+            _guard(mask_filter.guard, calibration, decision.labels, decision.reasons)
+    return decision
 
 
-_PART_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # worth the calls, and small beside a batch
+def columns_of(mask_filter: _AnyFilter, score: ColumnScore) -> Columns:
+    """What a filter does on columns: to labels and reasons.
 
+    Args:
+        mask_filter: The filter, whose guard does not count.
+        score: Its calibration's score, on columns.
 
-def _most_likely(logits: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-    """The member with the largest logit, the first of equals."""
-    best = torch.where(member, logits, -torch.inf).amax(1, keepdim=True)
-    label = _first((logits == best) & member)  # a member may have logit -inf, and must still win
-    return label, torch.where(member.view(torch.uint8).amax(1) > 0, Reason.KEPT, Reason.EMPTY)
-
-
-def _top_or_none(logits: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-    """The class with the largest logit, if it is a member."""
-    top = _top(logits)
-    inside = member.gather(1, top[:, None])[:, 0]
-    return top, torch.where(inside, Reason.KEPT, Reason.EMPTY)
-
-
-def _first(mask: Tensor) -> Tensor:
-    """The first class that is marked, 0 where none is. Bool ``(B, C, *S)`` to ``(B, *S)``.
-
-    What ``argmax(1)`` does, an order of magnitude faster: along an axis that is not the last,
-    torch vectorises a maximum but not its index.
+    Returns:
+        An operation that takes, beside the logits, what :func:`cpseg.predictors.beside_of` gives.
     """
-    classes = mask.shape[1]
-    dtype = torch.uint8 if classes <= 255 else torch.int32
-    countdown = torch.arange(classes, 0, -1, dtype=dtype, device=mask.device)
-    left = (mask * countdown.view(-1, *(1 for _ in mask.shape[2:]))).amax(1).long()
-    return (classes - left) * (left > 0)
+    match mask_filter:
+        case Argmax():
+            rule: _Rule = _MostLikely()
+        case Top():
+            rule = _TopOnly()
+        case BackgroundPriority():
+            rule = _ForegroundFirst(mask_filter.background)
+        case AtMost():
+            rule = _AtMostSo(mask_filter.k)
+        case Singleton():
+            rule = _AtMostSo(1)
+    calibration = mask_filter.calibration
+    follows = calibration.score.follows_logits
+    return _Decide(score, follows, calibration.axes, rule, calibration.ignore_index)
 
 
-def _top(logits: Tensor) -> Tensor:
-    """The class with the largest logit, the first of equals; 0 where a logit is NaN."""
-    return _first(logits == logits.amax(1, keepdim=True))
+def proposals(mask_filter: Argmax | BackgroundPriority | Top, logits: Tensor) -> tuple[Tensor, ...]:
+    """The classes that a filter tries in turn where one threshold holds for all classes.
+
+    Args:
+        mask_filter: Its rule counts, its calibration does not.
+        logits: Shape ``(B, C, *S)``.
+
+    Returns:
+        Labels, each int64 ``(B, *S)``.
+    """
+    match mask_filter:
+        case BackgroundPriority():
+            rule: _MostLikely | _ForegroundFirst = _ForegroundFirst(mask_filter.background)
+        case Argmax() | Top():
+            rule = _MostLikely()
+    return walk(_Propose(rule), logits)
 
 
-def _propose_top(logits: Tensor) -> tuple[Tensor, ...]:
-    return (_top(logits),)
+@dataclass(frozen=True, slots=True)
+class _Propose:
+    rule: _MostLikely | _ForegroundFirst
+
+    def __call__(self, x: Tensor, position: Tensor, /, *_: Tensor) -> tuple[Tensor, ...]:
+        del position
+        return self.rule.proposed(x)
 
 
-def _try_in_turn(
-    calibration: Calibration, image: Tensor, limit: Tensor, proposals: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor]:
-    """The first proposed class whose score does not exceed the threshold."""
-    label = torch.full_like(proposals[0], calibration.ignore_index)
-    for proposal in reversed(proposals):
-        inside = calibration.score.of_labels(image, proposal) <= limit[:, 0]
-        label = torch.where(inside, proposal, label)
-    return label, torch.where(label == calibration.ignore_index, Reason.EMPTY, Reason.KEPT)
+def best_of(x: Tensor, choice: Tensor) -> Tensor:
+    """The class with the largest logit among those chosen, the first of equals.
+
+    Args:
+        x: Logits of a block. Shape ``(C, N)``.
+        choice: Bool that broadcasts to ``(C, N)``.
+
+    Returns:
+        Integers ``(N,)``, 0 where none is chosen.
+    """
+    best = torch.where(choice, x, -torch.inf).amax(0)
+    return first_class((x == best) & choice)  # a choice may have logit -inf, and must still win
+
+
+def _best(x: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+    return best_of(x, member), torch.where(any_class(member), _KEPT, _EMPTY)
+
+
+def _in_turn(proposed: tuple[Tensor, ...], inside: _Inside) -> tuple[Tensor, Tensor]:
+    """The first proposed class that is inside."""
+    label, reason = torch.zeros_like(proposed[0]), torch.full_like(proposed[0], _EMPTY)
+    for proposal in reversed(proposed):
+        kept = inside(proposal)
+        label, reason = torch.where(kept, proposal, label), torch.where(kept, _KEPT, reason)
+    return label, reason
 
 
 def _guard(guard: AreaGuard, calibration: Calibration, labels: Tensor, reasons: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Logits and a calibration to sets: the classes each pixel can still have."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
@@ -7,10 +8,13 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
+from cpseg._tiles import Columns, CompileWarning
 from cpseg.calibration import Calibration
 from cpseg.errors import InputError
+from cpseg.scores import ColumnScore, score_columns, top_class
+from cpseg.sets import PackedSets, pack
 
-__all__ = ["PixelSetPredictor", "check_input", "thresholds_of"]
+__all__ = ["CompileWarning", "PixelSetPredictor"]
 
 
 @final
@@ -28,6 +32,8 @@ class PixelSetPredictor:
     Attributes:
         calibration: Thresholds and score.
         force_top: Put the most likely class into every set, so that none is empty.
+        compiled: Fuse the work into one kernel with ``torch.compile``. The first call with a
+            number of classes compiles for seconds. Without a compiler it warns once and goes on.
 
     Examples:
         >>> from cpseg.calibrators import SplitCalibrator
@@ -41,6 +47,12 @@ class PixelSetPredictor:
 
     calibration: Calibration
     force_top: bool = False
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        check_calibration(self.calibration)
+        _checks.check_flag("force_top", self.force_top)
+        _checks.check_flag("compiled", self.compiled)
 
     def __call__(self, logits: Tensor, groups: Tensor | None = None) -> Tensor:
         """Sets of a batch.
@@ -56,46 +68,138 @@ class PixelSetPredictor:
             InputError: If the logits have other classes or another grid than the calibration,
                 groups are missing or not wanted, or the calibration is bound to a filter rule.
         """
+        return self._made(logits, groups, _Sets).view(torch.bool)
+
+    def packed(self, logits: Tensor, groups: Tensor | None = None) -> PackedSets:
+        """The same sets, one bit per class.
+
+        Args:
+            logits: Shape ``(B, C, *S)``.
+            groups: Integers, ``(*S)`` or ``(B, *S)``, where the calibration has groups.
+
+        Returns:
+            Sets of which :meth:`~cpseg.sets.PackedSets.unpack` gives what calling gives.
+
+        Raises:
+            InputError: As calling does.
+        """
+        return PackedSets(self._made(logits, groups, _Words), logits.shape[1])
+
+    def _made(self, logits: Tensor, groups: Tensor | None, kind: "type[_Sets | _Words]") -> Tensor:
         self.calibration.require_rule(None)
-        thresholds = thresholds_of(self.calibration, logits, groups)
-        with torch.no_grad():
-            sets = ~(self.calibration.score(logits) > thresholds)
-            if self.force_top and logits.numel():
-                sets.scatter_(1, logits.argmax(1, keepdim=True), value=True)
-        return sets
+        axes, force_top = self.calibration.axes, self.force_top
+        (made,) = run(
+            lambda score: kind(score, axes, force_top),
+            self.calibration,
+            logits,
+            groups,
+            compiled=self.compiled,
+        )
+        return made
 
 
-def thresholds_of(calibration: Calibration, logits: Tensor, groups: Tensor | None) -> Tensor:
-    """The threshold of every class at every pixel, in a shape that broadcasts to the logits'.
+# --- one pass, from logits and thresholds --------------------------------------------------------
 
-    Args:
-        calibration: The thresholds and their axes.
-        logits: Shape ``(B, C, *S)``.
-        groups: Integers, ``(*S)`` or ``(B, *S)``, where the calibration has groups.
 
-    Returns:
-        float32 thresholds, ``+inf`` where the group is out of range. Shape ``(1 or B, 1 or C,
-        *S or ones)``.
-
-    Raises:
-        InputError: As :class:`PixelSetPredictor`.
-    """
+def run(
+    columns: Callable[[ColumnScore], Columns],
+    calibration: Calibration,
+    logits: Tensor,
+    groups: Tensor | None,
+    *,
+    compiled: bool,
+) -> tuple[Tensor, ...]:
+    """Run ``columns(score)`` over a batch, with what :func:`limit_of` needs beside the logits."""
     check_input(calibration, logits, groups)
     thresholds = calibration.thresholds.to(logits.device)
-    if calibration.axes == ("location",):
-        return thresholds[None, None]
-    if groups is None:
-        return thresholds.view(1, -1, *(1 for _ in logits.shape[2:]))
-    index = groups.long() if groups.ndim == logits.ndim - 1 else groups.long()[None]
+    near, fixed = beside_of(calibration.axes, thresholds, logits, groups)
+    return score_columns(columns, calibration.score, logits, near, fixed, compiled=compiled)
+
+
+def beside_of(
+    axes: tuple[str, ...], thresholds: Tensor, logits: Tensor, groups: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What :func:`limit_of` needs: near each pixel, and for all of them."""
+    near = [] if groups is None else [groups if groups.ndim == logits.ndim - 1 else groups[None]]
+    if axes == ("location",):
+        return [thresholds[None, None]], []
+    return [rows[:, None] for rows in near], [thresholds]
+
+
+def limit_of(axes: tuple[str, ...], beside: tuple[Tensor, ...]) -> Tensor:
+    """The threshold of every class at every pixel of a block; broadcasts to ``(C, N)``.
+
+    ``+inf`` where the group is out of range.
+    """
+    if axes == ("location",):
+        return beside[0]
+    if "group" not in axes:
+        return beside[0][:, None]
+    index, thresholds = beside[0][0], beside[1]
     known = (index >= 0) & (index < len(thresholds))
-    per_pixel = thresholds[index * known]  # (1 or B, *S), with classes last if there are any
-    if calibration.axes == ("group", "class"):
-        return torch.where(known[..., None], per_pixel, torch.inf).movedim(-1, 1)
-    return torch.where(known, per_pixel, torch.inf)[:, None]
+    limit = thresholds.view(len(thresholds), -1)[index * known].t()
+    return torch.where(known, limit, torch.inf)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sets:
+    """Whether each class of a block is in its pixel's set."""
+
+    score: ColumnScore
+    axes: tuple[str, ...]
+    force_top: bool
+
+    def __call__(self, x: Tensor, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
+        member = self.member(x, position, beside)
+        if torch.compiler.is_compiling():  # a kernel stores bytes faster than bools
+            return (torch.where(member, 1.0, 0.0).to(torch.uint8),)
+        return (member,)
+
+    def member(self, x: Tensor, position: Tensor, beside: tuple[Tensor, ...]) -> Tensor:
+        member = ~(self.score.columns(x, position) > limit_of(self.axes, beside))
+        if not self.force_top:
+            return member
+        return member | (torch.arange(len(x), device=x.device)[:, None] == top_class(x))
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """As :class:`_Sets`, packed."""
+
+    score: ColumnScore
+    axes: tuple[str, ...]
+    force_top: bool
+
+    def __call__(self, x: Tensor, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
+        sets = _Sets(self.score, self.axes, self.force_top)
+        return (pack(sets.member(x, position, beside)),)
+
+
+def columns_of(predictor: PixelSetPredictor, score: ColumnScore) -> Columns:
+    """What a predictor does on columns: to sets, as bool or bytes.
+
+    Args:
+        predictor: The predictor.
+        score: Its calibration's score, on columns.
+
+    Returns:
+        An operation that takes, beside the logits, what :func:`beside_of` gives.
+    """
+    return _Sets(score, predictor.calibration.axes, predictor.force_top)
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def check_calibration(calibration: object) -> None:
+    """Refuse what is no calibration, and name the step that was forgotten."""
+    if not isinstance(calibration, Calibration):
+        hint = ": call compute(alpha) first" if hasattr(calibration, "compute") else ""
+        raise InputError(f"calibration must be a Calibration; got {calibration!r}{hint}")
 
 
 def check_input(calibration: Calibration, logits: Tensor, groups: Tensor | None) -> None:
-    """Refuse what :func:`thresholds_of` cannot serve; reads no values."""
+    """Refuse logits and groups that do not fit the calibration; reads no values."""
     _checks.check_logits(logits, calibration.num_classes)
     space, grid = logits.shape[2:], calibration.thresholds.shape
     if calibration.axes == ("location",) and grid != space:

@@ -29,7 +29,7 @@ from cpseg.accumulate import upward
 from cpseg.bounds import PValue, betting, fixed_sequence, least_units
 from cpseg.calibration import Calibration, Control, describe_score, score_from_description
 from cpseg.errors import InputError
-from cpseg.filters import Argmax, AtMost, BackgroundPriority, Singleton, Top, _propose_top, rule_of
+from cpseg.filters import Argmax, AtMost, BackgroundPriority, Singleton, Top, proposals, rule_of
 from cpseg.morphology import connected_components
 from cpseg.protocols import Score
 from cpseg.quantile import MAX_UNITS, UNIT_MASS, budget, level
@@ -1222,19 +1222,15 @@ def _tally_kept(batch: Batch, rule: Rule, num_classes: int, rows: int) -> Tensor
     if isinstance(mask_filter, (Argmax, BackgroundPriority)) and follows and rows == 1:
         # As these filters do it: what is proposed first wins as soon as its score is low enough.
 
-        proposed = (
-            _propose_top(batch.logits)
-            if isinstance(mask_filter, Argmax)
-            else mask_filter._propose(batch.logits)
-        )
+        proposed = proposals(mask_filter, batch.logits)
         until: Tensor | None = None
         for label in proposed:
             first = _index(batch.grid, batch.score.of_labels(batch.logits, label))
             spans.append((label, first, until))
             until = first if until is None else until.minimum(first)
     elif isinstance(mask_filter, Top):
-        (top,) = _propose_top(batch.logits)
-        scores = batch.score(batch.logits).gather(1, top[:, None])[:, 0]
+        (top,) = proposals(mask_filter, batch.logits)
+        scores = batch.score.of_labels(batch.logits, top)
         spans.append((top, _index(batch.grid, scores), None))
     row = torch.zeros_like(batch.labels) if rows == 1 or top is None else top
     candidates = _count(_flat(row), _flat(batch.valid), rows)

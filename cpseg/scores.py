@@ -13,22 +13,24 @@ pixel's position in ``*S``. It does not depend on batch, order or device, and th
 state is not touched.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
-from typing import final, overload
+from typing import Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from cpseg import _checks
+from cpseg._tiles import Columns, upcast, walk, whole
 from cpseg.errors import InputError
+from cpseg.protocols import Score
 
 __all__ = [
     "APS",
     "LAC",
     "RAPS",
     "SAPS",
+    "ColumnScore",
     "Margin",
     "TopK",
     "logits_from_probabilities",
@@ -56,11 +58,11 @@ class LAC:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Scores of all classes. Shape ``(B, C, *S)``."""
-        return _all_classes(self._all, logits)
+        return all_scores(self, logits)
 
     def of_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The label's score. Shape ``(B, *S)``; NaN where the label is no class."""
-        return _of_labels(self._label, logits, labels)
+        return label_scores(self, logits, labels)
 
     def range(self, num_classes: int) -> tuple[float, float]:
         """All scores lie in ``[0, 1]``."""
@@ -71,13 +73,17 @@ class LAC:
         """Two sums of C exponentials, each within C roundings of the exact one, and a quotient."""
         return _softmax_tolerance(num_classes)
 
-    def _all(self, x: Tensor, _: Tensor) -> Tensor:
+    def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
+        """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
+        del position
         odds, total = _softmax(x)
         return 1 - odds / total
 
-    def _label(self, x: Tensor, _: Tensor, labels: Tensor) -> Tensor:
+    def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
+        """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
+        del position
         odds, total = _softmax(x)
-        return 1 - _at(odds, labels) / total
+        return 1 - at_class(odds, labels) / total
 
 
 @final
@@ -108,11 +114,11 @@ class APS:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Scores of all classes. Shape ``(B, C, *S)``."""
-        return _all_classes(self._all, logits)
+        return all_scores(self, logits)
 
     def of_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The label's score. Shape ``(B, *S)``; NaN where the label is no class."""
-        return _of_labels(self._label, logits, labels)
+        return label_scores(self, logits, labels)
 
     def range(self, num_classes: int) -> tuple[float, float]:
         """All scores lie in ``[0, 1]``."""
@@ -123,16 +129,17 @@ class APS:
         """As for :class:`LAC`, and once more for the order in which the top classes are added."""
         return 2 * _softmax_tolerance(num_classes)
 
-    def _all(self, x: Tensor, position: Tensor) -> Tensor:
+    def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
+        """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
         odds, total = _softmax(x)
-        order, _ = _order(x)
-        cumulative = _cumulative(odds, order)
+        cumulative = _cumulative(x, odds)
         return _adaptive(cumulative, odds, total, _draws(self, position, odds))
 
-    def _label(self, x: Tensor, position: Tensor, labels: Tensor) -> Tensor:
+    def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
+        """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         odds, total = _softmax(x)
         cumulative = (odds * _at_least(x, labels)).sum(0)
-        return _adaptive(cumulative, _at(odds, labels), total, _draws(self, position, odds))
+        return _adaptive(cumulative, at_class(odds, labels), total, _draws(self, position, odds))
 
 
 @final
@@ -172,11 +179,11 @@ class RAPS:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Scores of all classes. Shape ``(B, C, *S)``."""
-        return _all_classes(self._all, logits)
+        return all_scores(self, logits)
 
     def of_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The label's score. Shape ``(B, *S)``; NaN where the label is no class."""
-        return _of_labels(self._label, logits, labels)
+        return label_scores(self, logits, labels)
 
     def range(self, num_classes: int) -> tuple[float, float]:
         """From 0 to 1 plus the penalty of the last rank."""
@@ -186,16 +193,17 @@ class RAPS:
         """As for :class:`APS`, and one rounding of a number as large as the range."""
         return 2 * _softmax_tolerance(num_classes) + 2 * _ULP * self.range(num_classes)[1]
 
-    def _all(self, x: Tensor, position: Tensor) -> Tensor:
+    def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
+        """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
         odds, total = _softmax(x)
-        order, rank = _order(x)
-        cumulative = _cumulative(odds, order)
+        cumulative, rank = _cumulative(x, odds), _ranks(x)
         return _adaptive(cumulative, odds, total, _draws(self, position, odds)) + self._cost(rank)
 
-    def _label(self, x: Tensor, position: Tensor, labels: Tensor) -> Tensor:
+    def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
+        """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         odds, total = _softmax(x)
         ahead = _at_least(x, labels)
-        own, cumulative = _at(odds, labels), (odds * ahead).sum(0)
+        own, cumulative = at_class(odds, labels), (odds * ahead).sum(0)
         score = _adaptive(cumulative, own, total, _draws(self, position, odds))
         return score + self._cost(ahead.sum(0))
 
@@ -238,11 +246,11 @@ class SAPS:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Scores of all classes. Shape ``(B, C, *S)``."""
-        return _all_classes(self._all, logits)
+        return all_scores(self, logits)
 
     def of_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The label's score. Shape ``(B, *S)``; NaN where the label is no class."""
-        return _of_labels(self._label, logits, labels)
+        return label_scores(self, logits, labels)
 
     def range(self, num_classes: int) -> tuple[float, float]:
         """From 0 to 1 plus the weight of the last rank."""
@@ -252,12 +260,14 @@ class SAPS:
         """As for :class:`LAC`, and one rounding of a number as large as the range."""
         return _softmax_tolerance(num_classes) + 2 * _ULP * self.range(num_classes)[1]
 
-    def _all(self, x: Tensor, position: Tensor) -> Tensor:
+    def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
+        """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
         _, total = _softmax(x)
-        _, rank = _order(x)
+        rank = _ranks(x)
         return self._score(rank, 1 / total, position)
 
-    def _label(self, x: Tensor, position: Tensor, labels: Tensor) -> Tensor:
+    def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
+        """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         _, total = _softmax(x)
         return self._score(_at_least(x, labels).sum(0), 1 / total, position)
 
@@ -287,11 +297,11 @@ class Margin:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Scores of all classes. Shape ``(B, C, *S)``."""
-        return _all_classes(self._all, logits)
+        return all_scores(self, logits)
 
     def of_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The label's score. Shape ``(B, *S)``; NaN where the label is no class."""
-        return _of_labels(self._label, logits, labels)
+        return label_scores(self, logits, labels)
 
     def range(self, num_classes: int) -> tuple[float, float]:
         """All scores lie in ``[-1, 1]``."""
@@ -302,18 +312,20 @@ class Margin:
         """As for :class:`LAC`, twice: a difference of two probabilities."""
         return 2 * _softmax_tolerance(num_classes)
 
-    def _all(self, x: Tensor, _: Tensor) -> Tensor:
+    def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
+        """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
+        del position
         odds, total = _softmax(x)
-        top = x.argmax(0, keepdim=True)
-        second = odds.scatter(0, top, 0.0).amax(0)  # 0 where there is no other class
-        first = odds.amax(0)
-        is_top = torch.arange(x.shape[0], device=x.device)[:, None] == top
-        return (torch.where(is_top, second, first) - odds) / total
+        is_top = _classes(x) == top_class(x)
+        second = torch.where(is_top, 0.0, odds).amax(0)  # 0 where there is no other class
+        return (torch.where(is_top, second, odds.amax(0)) - odds) / total
 
-    def _label(self, x: Tensor, _: Tensor, labels: Tensor) -> Tensor:
+    def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
+        """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
+        del position
         odds, total = _softmax(x)
-        rival = odds.scatter(0, labels[None], 0.0).amax(0)
-        return (rival - _at(odds, labels)) / total
+        rival = torch.where(_classes(x) == labels, 0.0, odds).amax(0)
+        return (rival - at_class(odds, labels)) / total
 
 
 @final
@@ -343,11 +355,11 @@ class TopK:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Scores of all classes. Shape ``(B, C, *S)``."""
-        return _all_classes(self._all, logits)
+        return all_scores(self, logits)
 
     def of_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The label's score. Shape ``(B, *S)``; NaN where the label is no class."""
-        return _of_labels(self._label, logits, labels)
+        return label_scores(self, logits, labels)
 
     def range(self, num_classes: int) -> tuple[float, float]:
         """From 0 (reached only when randomised) to the number of classes."""
@@ -357,11 +369,13 @@ class TopK:
         """None without draws, as ranks are the same numbers in every path; else one rounding."""
         return 2 * _ULP * num_classes if self.randomized else 0.0
 
-    def _all(self, x: Tensor, position: Tensor) -> Tensor:
-        _, rank = _order(x)
+    def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
+        """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
+        rank = _ranks(x)
         return self._score(x, rank, position)
 
-    def _label(self, x: Tensor, position: Tensor, labels: Tensor) -> Tensor:
+    def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
+        """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         return self._score(x, _at_least(x, labels).sum(0), position)
 
     def _score(self, x: Tensor, rank: Tensor, position: Tensor) -> Tensor:
@@ -389,7 +403,7 @@ def logits_from_probabilities(probabilities: Tensor) -> Tensor:
         tensor([[0., -inf]])
     """
     _checks.check_logits(probabilities, name="probabilities")
-    p = _upcast(probabilities)
+    p = upcast(probabilities)
     if not bool((p.isfinite() & (p >= 0)).all()):
         wrong = int((~(p.isfinite() & (p >= 0))).sum())
         raise InputError(
@@ -479,27 +493,105 @@ def _softmax_tolerance(num_classes: int) -> float:
     return (2 * num_classes + 16) * _ULP
 
 
-def _at(values: Tensor, labels: Tensor) -> Tensor:
+def _classes(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[0], device=x.device)[:, None]
+
+
+def at_class(values: Tensor, labels: Tensor) -> Tensor:
+    """Each pixel's value of its label. ``(C, N)`` and ``(N,)`` to ``(N,)``."""
+    if torch.compiler.is_compiling():  # a sum over classes is vectorised, an index is not
+        own = _classes(values) == labels
+        if values.dtype == torch.bool:
+            return any_class(own & values)
+        return torch.where(own, values, 0).sum(0)
     return values.gather(0, labels[None])[0]
 
 
 def _at_least(x: Tensor, labels: Tensor) -> Tensor:
     """The classes that rank no later than the label, itself included. Bool ``(C, N)``."""
-    own = _at(x, labels)
-    earlier = torch.arange(x.shape[0], device=x.device)[:, None] <= labels
-    return (x > own) | ((x == own) & earlier)
+    own = at_class(x, labels)
+    return (x > own) | ((x == own) & (_classes(x) <= labels))
 
 
-def _order(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Classes from the largest logit down, equal ones by index, and each one's rank from 1."""
-    order = x.argsort(dim=0, descending=True, stable=True)
-    places = torch.arange(1, x.shape[0] + 1, device=x.device)[:, None].expand_as(order)
-    return order, torch.empty_like(order).scatter(0, order, places)
+def _cumulative(x: Tensor, odds: Tensor) -> Tensor:
+    """Of each class: the odds of those that rank no later, added up. ``(C, N)``."""
+    if torch.compiler.is_compiling() and len(x) <= _FUSED_PAIRS:
+        pairs = [torch.where(mask, odds, 0.0).sum(0) for mask in _pairs(x)]
+    elif len(x) <= _PAIRS:
+        pairs = [mask.mul_(odds).sum(0) for mask in _pairs_in_place(x)]
+    else:
+        order = _order(x)
+        sums = odds.t().gather(1, order).cumsum(1)
+        return torch.empty_like(sums).scatter(1, order, sums).t()
+    return torch.stack(pairs)
 
 
-def _cumulative(odds: Tensor, order: Tensor) -> Tensor:
-    """Odds of the classes that rank no later than each class. ``(C, N)``."""
-    return torch.empty_like(odds).scatter(0, order, odds.gather(0, order).cumsum(0))
+def _ranks(x: Tensor) -> Tensor:
+    """Of each class: how many rank no later, itself included. ``(C, N)``, in the dtype of x."""
+    if torch.compiler.is_compiling() and len(x) <= _FUSED_PAIRS:
+        return torch.stack([torch.where(mask, 1.0, 0.0).sum(0) for mask in _pairs(x)]).to(x.dtype)
+    if len(x) <= _PAIRS:
+        return torch.stack([mask.sum(0) for mask in _pairs_in_place(x)])
+    order = _order(x)
+    places = torch.arange(1, len(x) + 1, device=x.device, dtype=x.dtype).expand(order.shape)
+    return torch.empty_like(places).scatter(1, order, places).t()
+
+
+# Classes up to which all pairs are compared sooner than a pixel's classes are sorted.
+_FUSED_PAIRS = 32
+_PAIRS = 64
+
+
+def _pairs(x: Tensor) -> Iterator[Tensor]:
+    """For each class, those that rank no later than it, itself included. Bool ``(C, N)``."""
+    for c, own in enumerate(x.unbind()):
+        yield (x > own) | ((x == own) & (_classes(x).int() <= c))
+
+
+def _pairs_in_place(x: Tensor) -> Iterator[Tensor]:
+    """As :func:`_pairs`, as ones and zeros, all in the same memory."""
+    mask = torch.empty_like(x)
+    for c, own in enumerate(x):
+        torch.ge(x[:c], own, out=mask[:c])
+        mask[c] = 1
+        torch.gt(x[c + 1 :], own, out=mask[c + 1 :])
+        yield mask
+
+
+def _order(x: Tensor) -> Tensor:
+    """Classes from the largest logit down, equal ones by index. int64 ``(N, C)``."""
+    return x.t().contiguous().argsort(dim=1, descending=True, stable=True)
+
+
+def first_class(mask: Tensor) -> Tensor:
+    """The first class that is marked, 0 where none is. Bool ``(C, N)`` to integers ``(N,)``.
+
+    What ``argmax(0)`` does, an order of magnitude faster: along an axis that is not the last,
+    torch vectorises a maximum but not its index.
+    """
+    classes = len(mask)
+    if torch.compiler.is_compiling():
+        first = torch.where(mask, _classes(mask).int(), classes).amin(0)
+        return torch.where(first < classes, first, 0)
+    dtype = torch.uint8 if classes <= 255 else torch.int32
+    countdown = torch.arange(classes, 0, -1, dtype=dtype, device=mask.device)
+    left = (mask * countdown[:, None]).amax(0).long()
+    return (classes - left) * (left > 0)
+
+
+def any_class(mask: Tensor) -> Tensor:
+    """Whether any class is marked. Bool ``(C, N)`` to bool ``(N,)``.
+
+    As :func:`first_class`, in the form that is vectorised: floats in a kernel, bytes without.
+    """
+    if torch.compiler.is_compiling():
+        return torch.where(mask, 1.0, 0.0).amax(0) > 0
+    return mask.view(torch.uint8).amax(0) > 0
+
+
+def top_class(x: Tensor) -> Tensor:
+    """The class with the largest logit, the first of equals; 0 where a logit is NaN. ``(N,)``."""
+    return first_class(x == x.amax(0))
 
 
 def _draws(score: APS | RAPS, position: Tensor, like: Tensor) -> Tensor | None:
@@ -513,76 +605,121 @@ def _adaptive(cumulative: Tensor, own: Tensor, total: Tensor, draw: Tensor | Non
 
 # --- from (B, C, *S) to columns and back ---------------------------------------------------------
 
-_AllColumns = Callable[[Tensor, Tensor], Tensor]
-_LabelColumns = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-_TILE_ELEMENTS = {"cpu": 2**18, "cuda": 2**28}  # a core's cache; a good share of a small GPU
+@runtime_checkable
+class ColumnScore(Protocol):
+    """A score that is computed pixel by pixel, on columns, as those of this module are.
+
+    Sets and pseudo-labels of such a score are made in one pass over the logits. A score of your
+    own needs nothing of this; without it, its scores of all classes exist beside the logits.
+    """
+
+    def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
+        """Scores of all classes.
+
+        Args:
+            x: Logits of a block of pixels, float32 or float64. Shape ``(C, N)``.
+            position: Of the pixels in ``*S``, int64 ``(N,)``.
+
+        Returns:
+            Scores, each column from its own column alone. Shape ``(C, N)``.
+        """
+        ...
+
+    def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
+        """Scores of the labels, int64 in ``[0, C)``. Shape ``(N,)``, as ``labels``."""
+        ...
 
 
-def _upcast(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+@dataclass(frozen=True, slots=True)
+class _All:
+    score: ColumnScore
+
+    def __call__(self, x: Tensor, position: Tensor, /, *_: Tensor) -> tuple[Tensor, ...]:
+        return (self.score.columns(x, position),)
 
 
-def _all_classes(columns: _AllColumns, logits: Tensor) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _Labels:
+    score: ColumnScore
+
+    def __call__(self, x: Tensor, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
+        labels = beside[0][0]
+        known = (labels >= 0) & (labels < len(x))
+        scores = self.score.label_columns(x, position, labels * known)
+        return (torch.where(known, scores, torch.nan),)
+
+
+def score_columns(
+    build: Callable[[ColumnScore], Columns],
+    score: Score,
+    logits: Tensor,
+    near: Sequence[Tensor] = (),
+    fixed: Sequence[Tensor] = (),
+    *,
+    compiled: bool = False,
+) -> tuple[Tensor, ...]:
+    """Run ``build(score)`` over a batch, as :func:`cpseg._tiles.walk` does.
+
+    A score that is no :class:`ColumnScore` sees whole images, a part of the batch at a time.
+    """
+    if isinstance(score, ColumnScore):
+        return walk(build(score), logits, near, fixed, compiled=compiled)
+    step = max(_PART_ELEMENTS.get(logits.device.type, 2**20) // max(logits[:1].numel(), 1), 1)
+    parts = []
+    with torch.inference_mode(mode=False), torch.no_grad():
+        for start in range(0, max(len(logits), 1), step):
+            some = slice(start, start + step)
+            beside = [rows if len(rows) == 1 < len(logits) else rows[some] for rows in near]
+            parts.append(whole(build(_OfImages(score, logits[some])), logits[some], beside, fixed))
+    return tuple(torch.cat(made) for made in zip(*parts, strict=True))
+
+
+_PART_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # worth the calls, and small beside a batch
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _OfImages:
+    """A score of images, on columns: those of all pixels of one part of a batch."""
+
+    score: Score
+    logits: Tensor
+
+    def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
+        del position
+        made = self.score(self.logits)
+        _check_made("score", made, self.logits.shape)
+        return made.movedim(1, 0).reshape(x.shape)
+
+    def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
+        del x, position
+        shape = (len(self.logits), *self.logits.shape[2:])
+        made = self.score.of_labels(self.logits, labels.view(shape))
+        _check_made("score.of_labels", made, shape)
+        return made.reshape(-1)
+
+
+def _check_made(name: str, made: Tensor, shape: Sequence[int]) -> None:
+    if tuple(made.shape) != tuple(shape) or made.dtype not in _checks.FLOATS:
+        raise InputError(
+            f"{name} must give floats of shape {_checks.describe(shape)}; "
+            f"got {made.dtype} {_checks.describe(made.shape)}"
+        )
+
+
+def all_scores(score: ColumnScore, logits: Tensor, *, compiled: bool = False) -> Tensor:
+    """Scores of all classes. Logits and result ``(B, C, *S)``."""
     _checks.check_logits(logits)
-    return _walk(columns, logits)
+    return walk(_All(score), logits, compiled=compiled)[0]
 
 
-def _of_labels(columns: _LabelColumns, logits: Tensor, labels: Tensor) -> Tensor:
+def label_scores(
+    score: ColumnScore, logits: Tensor, labels: Tensor, *, compiled: bool = False
+) -> Tensor:
+    """The labels' scores, NaN where a label is no class. ``(B, *S)``."""
     _checks.check_logits(logits)
     _checks.check_labels(labels, logits)
-    labels = labels.long()
-    known = (labels >= 0) & (labels < logits.shape[1])
-    return _walk(columns, logits, labels * known).masked_fill(~known, torch.nan)
-
-
-@overload
-def _walk(columns: _AllColumns, logits: Tensor) -> Tensor: ...
-@overload
-def _walk(columns: _LabelColumns, logits: Tensor, labels: Tensor) -> Tensor: ...
-def _walk(
-    columns: Callable[..., Tensor],
-    logits: Tensor,
-    labels: Tensor | None = None,
-) -> Tensor:
-    """Run ``columns`` over all pixels, a cache-sized tile at a time.
-
-    A tile is contiguous and a multiple of 32 wide: only then does a sum over its first axis add
-    in the same order in every column. So a score is the same number, to the bit, whatever the
-    batch size, the strides, the other pixels and the cut into batches.
-    """
-    batch, classes, *space = logits.shape
-    size = prod(space)
-    if torch.compiler.is_compiling():
-        x = _upcast(logits).movedim(1, 0).reshape(classes, -1)
-        position = torch.arange(size, device=logits.device).repeat(batch)
-        if labels is None:
-            return columns(x, position).reshape(classes, batch, *space).movedim(0, 1)
-        return columns(x, position, labels.reshape(-1)).reshape(batch, *space)
-
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    shape = (batch, classes, size) if labels is None else (batch, size)
-    result = torch.empty(shape, dtype=dtype, device=logits.device)
-    width = max(_TILE_ELEMENTS.get(logits.device.type, 2**18) // classes // 32 * 32, 32)
-    images, pixels = max(width // max(size, 1), 1), max(min(size, width), 1)
-    for i in range(0, batch, images):
-        block = logits[i : i + images].flatten(2) if space else logits[i : i + images, :, None]
-        near = None if labels is None else labels[i : i + images].reshape(block.shape[0], size)
-        for j in range(0, size, pixels):
-            part = block[:, :, j : j + pixels]
-            b, _, n = part.shape
-            padded = -(-b * n // 32) * 32
-            x = torch.zeros((classes, padded), dtype=dtype, device=logits.device)
-            x[:, : b * n].view(classes, b, n).copy_(part.transpose(0, 1))
-            position = torch.arange(padded, device=logits.device) % n + j
-            if near is None:
-                scores = columns(x, position)[:, : b * n].view(classes, b, n)
-                result[i : i + b, :, j : j + n] = scores.transpose(0, 1)
-            else:
-                label = torch.zeros(padded, dtype=torch.int64, device=logits.device)
-                label[: b * n].view(b, n).copy_(near[:, j : j + n])
-                result[i : i + b, j : j + n] = columns(x, position, label)[: b * n].view(b, n)
-    return result.view(logits.shape if labels is None else (batch, *space))
+    return walk(_Labels(score), logits, (labels[:, None],), compiled=compiled)[0]
 
 
 # --- parameters ----------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from cpseg import (
     gather,
     merge_all,
 )
-from cpseg.accumulate import Evidence, Exact, Histogram, _counts, upward
+from cpseg.accumulate import Evidence, Exact, Histogram, count, upward
 from cpseg.errors import InputError
 from cpseg.protocols import Score
 from cpseg.quantile import MAX_UNITS, UNIT_MASS, budget
@@ -165,7 +165,9 @@ def test_counts_beyond_float32_are_exact(kind: str) -> None:
 
 
 def test_a_unit_of_more_pixels_than_float32_counts_is_counted() -> None:
-    assert _counts(torch.zeros(2**24 + 3, dtype=torch.int64), 2).tolist() == [2**24 + 3, 0]
+    counts = torch.zeros(2, dtype=torch.int64)
+    count(counts, torch.zeros(2**24 + 3, dtype=torch.int64))
+    assert counts.tolist() == [2**24 + 3, 0]
 
 
 @pytest.mark.parametrize("n", [99, 199, 999])

@@ -23,8 +23,8 @@ PACKAGE = ROOT / "cpseg"
 
 LEVELS = [
     {"errors", "protocols"},
-    {"_checks"},
-    {"quantile", "bounds", "scores", "morphology"},
+    {"_checks", "_tiles"},
+    {"quantile", "bounds", "scores", "sets", "morphology"},
     {"accumulate"},
     {"calibration"},
     {"_calibrator"},
@@ -32,7 +32,7 @@ LEVELS = [
     {"tuning"},
     {"predictors"},
     {"filters", "plots"},
-    {"risk", "shift"},
+    {"risk", "shift", "export"},
     {"annotators", "data"},
     {"training"},
     {"cli"},
@@ -48,6 +48,9 @@ OPTIONAL = {
     "nibabel": "nibabel",
     "transformers": "transformers",
     "tqdm": "tqdm",
+    "onnx": "onnx",
+    "onnxscript": "onnxscript",
+    "onnxruntime": "onnxruntime",
     "tensorboard": "tensorboard",
     "torch.utils.tensorboard": "tensorboard",
 }
@@ -75,10 +78,18 @@ FIXED = {
 
 # Names without an underscore that __all__ leaves out on purpose: for this package alone.
 UNLISTED = {
-    "cpseg.accumulate": {"upward"},
+    "cpseg.accumulate": {"count", "cuts", "upward"},
     "cpseg.calibration": {"call_of", "describe_score", "score_from_description"},
+    "cpseg.filters": {"best_of", "columns_of", "proposals", "rule_of"},
+    "cpseg.predictors": {
+        *("beside_of", "check_calibration", "check_input", "columns_of", "limit_of", "run")
+    },
     "cpseg.quantile": {"UNIT_MASS", "budget", "mass_above"},
-    "cpseg.scores": {"uniform"},
+    "cpseg.scores": {
+        *("all_scores", "any_class", "at_class", "first_class", "label_scores", "score_columns"),
+        *("top_class", "uniform"),
+    },
+    "cpseg.sets": {"pack"},
 }
 
 

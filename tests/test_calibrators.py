@@ -1319,7 +1319,7 @@ def test_an_interrupted_update_is_not_half_counted_in_silence(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(calibrator), "_note_shares", interrupt)
+        patch.setattr(Evidence, "_count", interrupt)
         with pytest.raises(KeyboardInterrupt):
             see(calibrator, logits, labels)
     for use in (

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import cpseg.scores
+import cpseg._tiles
 from cpseg import APS, LAC, RAPS, SAPS, Margin, PixelSetPredictor, SplitCalibrator, TopK
 from cpseg.protocols import Score
 
@@ -85,7 +85,7 @@ class Path:
             view = compiled(self.score, self.compiled, labelled=bool(labels))
         with pytest.MonkeyPatch.context() as patch:
             if self.tile is not None:
-                patch.setattr(cpseg.scores, "_TILE_ELEMENTS", {"cpu": self.tile})
+                patch.setattr(cpseg._tiles, "_EAGER", {"cpu": self.tile})
             if self.one_by_one:
                 return torch.cat(
                     [

@@ -16,18 +16,18 @@ PARAMETERS = {  # a keyword-only parameter has a star; then its default
     "Margin": "",
     "TopK": "randomized=False, seed=0",
     "SplitCalibrator": "score=LAC(), *unit='image', *store='histogram', *ignore_index=255, "
-    "*source=None",
+    "*source=None, *compiled=False",
     "ClassConditionalCalibrator": "num_classes, score=LAC(), *unit='image', *store='histogram', "
-    "*ignore_index=255, *source=None",
+    "*ignore_index=255, *source=None, *compiled=False",
     "GroupCalibrator": "num_groups, num_classes=None, score=LAC(), *unit='image', "
-    "*store='histogram', *ignore_index=255, *source=None",
+    "*store='histogram', *ignore_index=255, *source=None, *compiled=False",
     "LocationCalibrator": "shape, clusters=None, max_alpha=0.2, *max_units=1000, *score=LAC(), "
-    "*unit='image', *store='histogram', *ignore_index=255, *source=None",
-    "PixelSetPredictor": "calibration, force_top=False",
-    "Argmax": "calibration, guard=None",
-    "BackgroundPriority": "calibration, background=0, guard=None",
-    "Singleton": "calibration, guard=None",
-    "AtMost": "calibration, k, guard=None",
+    "*unit='image', *store='histogram', *ignore_index=255, *source=None, *compiled=False",
+    "PixelSetPredictor": "calibration, force_top=False, compiled=False",
+    "Argmax": "calibration, guard=None, compiled=False",
+    "BackgroundPriority": "calibration, background=0, guard=None, compiled=False",
+    "Singleton": "calibration, guard=None, compiled=False",
+    "AtMost": "calibration, k, guard=None, compiled=False",
     "Guarantee": "event, level, unit, n, probability, assumptions, exceptions",
     "gather": "accumulator",
     "merge_all": "accumulators",

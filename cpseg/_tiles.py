@@ -1,0 +1,210 @@
+"""Every per-pixel operation as one pass over the logits.
+
+An operation is written once, on *columns*: a ``(C, N)`` block of pixels. :func:`walk` cuts a batch
+into blocks that fit a core's cache, runs the operation on each and puts the results together, so
+that nothing of the logits' size exists but the result. The same operation runs compiled, fused
+into one kernel: every block then has the same shape, whatever the batch, so that one graph serves
+all of them.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import cache
+from math import prod
+from types import FunctionType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Columns", "CompileWarning", "upcast", "walk", "whole"]
+
+# Elements of a block, by device: eager ones fill a core's cache (a good share of a small GPU);
+# compiled ones are worth a call. A device that is not listed takes whole images compiled.
+_EAGER = {"cpu": 2**18, "cuda": 2**28}
+_COMPILED = {"cpu": 2**19}
+
+
+class CompileWarning(UserWarning):
+    """Compiled paths were asked for, and this machine has no working compiler."""
+
+
+class Columns(Protocol):
+    """An operation on a block of pixels; hashable, and equal to one that does the same.
+
+    It gets the block ``(C, N)``, in float32 or float64, the pixels' positions in ``*S``, int64
+    ``(N,)``, what lies beside the pixels, ``(K, N)`` each, and what is the same for all of them.
+    It gives tensors ``(N,)`` or ``(K, N)``, each column from its own column alone.
+    """
+
+    def __call__(self, x: Tensor, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
+        """Run on one block."""
+        ...
+
+    def __hash__(self) -> int: ...
+
+
+def upcast(logits: Tensor) -> Tensor:
+    """Logits in at least float32."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def walk(
+    columns: Columns,
+    logits: Tensor,
+    near: Sequence[Tensor] = (),
+    fixed: Sequence[Tensor] = (),
+    *,
+    compiled: bool = False,
+) -> tuple[Tensor, ...]:
+    """Run ``columns`` over all pixels, a block at a time.
+
+    A block is contiguous and a multiple of 32 wide: only then does a sum over its first axis add
+    in the same order in every column. So a result is the same, to the bit, whatever the batch
+    size, the strides, the other pixels and the cut into batches. No gradient is kept.
+
+    Args:
+        columns: The operation.
+        logits: Shape ``(B, C, *S)``.
+        near: What lies beside the pixels, each ``(1 or B, K, *S)``.
+        fixed: What all pixels share.
+        compiled: Fuse the operation with ``torch.compile``.
+
+    Returns:
+        What ``columns`` gave, each ``(B, *S)`` or ``(B, K, *S)``.
+    """
+    if torch.compiler.is_compiling():
+        return whole(columns, logits, near, fixed)
+    # State and buffers of a caller's inference mode would be other graphs, and could not be
+    # written to outside it.
+    with torch.inference_mode(mode=False), torch.no_grad():
+        device = logits.device.type
+        compiled = compiled and _compiler_works(device)
+        sizes = _COMPILED if compiled else _EAGER
+        classes, size = logits.shape[1], prod(logits.shape[2:])
+        width = max(size, 1)
+        if device in sizes or not compiled:
+            width = max(sizes.get(device, 2**18) // classes // 32 * 32, 32)
+        run = columns
+        if compiled:
+            run = _compiled(columns, classes, logits.dtype, device)
+        results: list[Tensor] = []
+        for images, pixels, block in _blocks(logits, near, width, fill=compiled):
+            made = run(*block, *fixed)
+            count = len(range(*images.indices(len(logits))))
+            n = len(range(*pixels.indices(size)))
+            results = results or [
+                part.new_empty((len(logits), *part.shape[:-1], size)) for part in made
+            ]
+            for result, part in zip(results, made, strict=True):
+                filled = part[..., : count * n].view(*part.shape[:-1], count, n)
+                result[images, ..., pixels] = filled if part.ndim == 1 else filled.transpose(0, 1)
+        return tuple(result.view(*result.shape[:-1], *logits.shape[2:]) for result in results)
+
+
+def whole(
+    columns: Columns, logits: Tensor, near: Sequence[Tensor] = (), fixed: Sequence[Tensor] = ()
+) -> tuple[Tensor, ...]:
+    """As :func:`walk`, all pixels at once: for a caller's compiler, or an operation of images."""
+    batch, classes, *space = logits.shape
+    x = upcast(logits).movedim(1, 0).reshape(classes, -1)
+    position = torch.arange(prod(space), device=logits.device).repeat(batch)
+    rows = [
+        part.expand(batch, -1, *space).movedim(1, 0).reshape(part.shape[1], -1) for part in near
+    ]
+    made = columns(x, position, *rows, *fixed)
+    return tuple(
+        part.reshape(*part.shape[:-1], batch, *space).movedim(part.ndim - 1, 0) for part in made
+    )
+
+
+def _blocks(
+    logits: Tensor, near: Sequence[Tensor], width: int, *, fill: bool
+) -> Iterator[tuple[slice, slice, tuple[Tensor, ...]]]:
+    """Images, pixels, and their block: ``x``, positions, what is near. One at least, if empty.
+
+    Blocks share their memory. With ``fill`` they all have the given width.
+    """
+    batch, size, device = len(logits), prod(logits.shape[2:]), logits.device
+    images, pixels = max(width // max(size, 1), 1), max(min(size, width), 1)
+    most = width if fill else _padded(min(images, max(batch, 1)) * pixels)
+    single = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtypes = [single, *(p.dtype if p.is_floating_point() else torch.int64 for p in near)]
+    buffers = [_Buffer(most, dtype) for dtype in dtypes]
+    position = torch.zeros(most, dtype=torch.int64, device=device)
+    starts = [(i, j) for i in range(0, batch, images) for j in range(0, size, pixels)]
+    for i, j in starts or [(0, 0)]:
+        rows, columns = slice(i, i + images), slice(j, j + pixels)
+        count, n = len(range(*rows.indices(batch))), len(range(*columns.indices(size)))
+        end = most if fill else max(_padded(count * n), 32)
+        block = []
+        for buffer, part in zip(buffers, (logits, *near), strict=True):
+            cut = part if len(part) == 1 < batch else part[rows]
+            flat = cut.reshape(len(cut), cut.shape[1], size)
+            block.append(buffer.filled(flat[..., columns], count, end))
+        place = position[:end]
+        if count and n:
+            place[: count * n].view(count, n).copy_(torch.arange(j, j + n, device=device))
+        yield rows, columns, (block[0], place, *block[1:])
+
+
+class _Buffer:
+    """Memory for one part of every block, if it is needed."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        self.width, self.dtype = width, dtype
+        self.held: Tensor | None = None
+
+    def filled(self, part: Tensor, count: int, end: int) -> Tensor:
+        """``(1 or count, K, n)`` as ``(K, end)``; what lies beyond the pixels is of no account."""
+        height, n = part.shape[1:]
+        if count == len(part) == 1 and n == end and part.dtype == self.dtype:
+            row = part[0]
+            if row.is_contiguous():
+                return row
+        if self.held is None:
+            # Zeros: what lies beyond may be an index.
+            self.held = torch.zeros(height * self.width, dtype=self.dtype, device=part.device)
+        block = self.held[: height * end].view(height, end)
+        block[:, : count * n].view(height, count, n).copy_(part.transpose(0, 1))
+        return block
+
+
+def _padded(width: int) -> int:
+    return -(-width // 32) * 32
+
+
+@cache
+def _compiled(columns: Columns, classes: int, dtype: torch.dtype, device: str) -> Columns:
+    """``columns`` as one kernel, for this many classes of this dtype alone.
+
+    Dynamo keeps graphs by code object and gives up after eight: hence a copy of the code for each.
+    """
+    del classes, dtype
+
+    def run(x: Tensor, position: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
+        return columns(upcast(x), position, *beside)
+
+    own = FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
+    fused: Columns = torch.compile(own, fullgraph=True, dynamic=device not in _COMPILED)
+    return fused
+
+
+@cache
+def _compiler_works(device: str) -> bool:
+    """Whether a kernel can be compiled for this kind of device; warns once where not."""
+    try:
+        torch.compile(_probe, fullgraph=True)(torch.zeros(64, device=device))
+    except Exception as error:  # noqa: BLE001 - a missing compiler fails in many ways
+        warnings.warn(
+            f"compiled=True needs a compiler for {device}, and there is none that works "
+            f"({type(error).__name__}); going on without",
+            CompileWarning,
+            stacklevel=4,
+        )
+        return False
+    return True
+
+
+def _probe(x: Tensor) -> Tensor:
+    return x.exp() + 1
