@@ -21,6 +21,7 @@ from cpseg.training import (
     UNet,
     load_checkpoint,
     processes,
+    save_checkpoint,
 )
 
 CPU = torch.device("cpu")
@@ -61,14 +62,15 @@ torch.set_num_threads(1)
 spec = importlib.util.spec_from_file_location("shared", sys.argv[1])
 tests = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tests)
-for step in tests.trainer(Path(sys.argv[2]), tests.CONFIG).steps():
+for step in tests.trainer(Path(sys.argv[2]), tests.CONFIG).steps(resume=sys.argv[4] == "True"):
     if step.number == int(sys.argv[3]):
         break
 torch.distributed.destroy_process_group()
 """
 
 
-def run_two(directory: Path, last: int) -> None:
+def run_two(directory: Path, last: int, *, resume: bool = False) -> str:
+    """Two processes up to a step; what the first wrote to its standard error."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -81,15 +83,15 @@ def run_two(directory: Path, last: int) -> None:
     }
     running = [
         subprocess.Popen(  # noqa: S603 - our own interpreter and code
-            [sys.executable, "-c", CHILD, __file__, str(directory), str(last)],
+            [sys.executable, "-c", CHILD, __file__, str(directory), str(last), str(resume)],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
         )
         for rank in range(2)
     ]
-    for child in running:
-        _, errors = child.communicate(timeout=120)
-        assert child.returncode == 0, errors.decode()
+    said = [child.communicate(timeout=120)[1].decode() for child in running]
+    assert [child.returncode for child in running] == [0, 0], said
+    return said[0]
 
 
 @pytest.mark.dist
@@ -118,6 +120,30 @@ def test_a_run_of_two_goes_on_alone_and_says_what_differs(
     assert "1 labeled and 2 unlabeled images instead of 2 and 4" in caplog.text
     state = load_checkpoint(tmp_path / "last.pt")
     assert (state["labeled_seen"], state["unlabeled_seen"]) == (4 * 2 + 2, 4 * 4 + 2 * 2)
+
+
+@pytest.mark.dist
+def test_a_run_of_one_goes_on_as_two_with_the_next_samples_and_says_what_differs(
+    tmp_path: Path,
+) -> None:
+    for step in trainer(tmp_path / "one", CONFIG).steps():
+        if step.number == 2:
+            break
+    start = load_checkpoint(tmp_path / "one" / "last.pt")
+    said = run_two(tmp_path / "one", last=6, resume=True)
+    assert "written by 1 processes and is resumed by 2" in said
+    assert "2 labeled and 4 unlabeled images instead of 1 and 2" in said
+    # From there on, two processes are one with twice the batch.
+    doubled = replace(CONFIG, labeled_batch=2, unlabeled_batch=4)
+    (tmp_path / "doubled").mkdir()
+    save_checkpoint(tmp_path / "doubled" / "last.pt", {**start, "run": doubled.fingerprint()})
+    trainer(tmp_path / "doubled", doubled).fit(resume=True)
+    two, ours = (load_checkpoint(tmp_path / name / "last.pt") for name in ("one", "doubled"))
+    assert two["labeled_seen"] == ours["labeled_seen"] == 2 + 4 * 2
+    assert two["unlabeled_seen"] == ours["unlabeled_seen"] == 4 + 4 * 4
+    for name, value in ours["student"].items():
+        assert torch.allclose(two["student"][name], value, rtol=0, atol=1e-6), name
+    assert len(two["random"]) == 2
 
 
 def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

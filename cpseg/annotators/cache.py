@@ -27,7 +27,6 @@ from cpseg.annotators.images import check_images, in_batches
 from cpseg.annotators.source import difference
 from cpseg.errors import FileError, InputError
 from cpseg.filters import AtMost, Singleton
-from cpseg.predictors import thresholds_of
 
 __all__ = ["CachedAnnotator", "FilteredAgain", "write_whole"]
 
@@ -423,7 +422,10 @@ def _overfilled(
     """
     k = 1 if isinstance(counts, Singleton) else counts.k
     calibration = counts.calibration
-    limit = thresholds_of(calibration, logits[None], None)[0].expand(logits.shape).double()
+    limit = calibration.thresholds  # one per location, or per class, or one
+    if calibration.axes != ("location",):
+        limit = limit.view(-1, *(1 for _ in logits.shape[1:]))
+    limit = limit.expand(logits.shape).double()
     member = (calibration.score(logits[None])[0] <= limit) & limit.isfinite() & held
     # A little more than there is, and a little less than is needed: rounding settles nothing.
     needed = ((1 - limit) * (1 - 2**-20) - 2**-20).clamp(min=0)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from cpseg import _checks
 from cpseg.data.folder import SegmentationFolder
+from cpseg.data.splits import check_part
 from cpseg.errors import FileError
 
 __all__ = ["ade20k", "ade20k_labeled"]
@@ -54,6 +55,7 @@ def ade20k(
     Raises:
         FileError: If there are no validation images where they should be.
     """
+    check_part(part)
     if part == "validation":
         folder = "validation"
         names = sorted(path.stem for path in (Path(root) / "images" / folder).glob("*.jpg"))

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from cpseg import _checks
 from cpseg.errors import FileError, InputError, MissingExtraError
 
-__all__ = ["FolderReport", "SegmentationFolder", "read_split"]
+__all__ = ["FolderReport", "SegmentationFolder", "read_mask", "read_split"]
 
 
 def read_split(path: str | os.PathLike[str]) -> list[tuple[str, str | None]]:
@@ -169,7 +169,7 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
             return image, torch.full(size, self.ignore_index)
         else:
             source = str(Path(self.root) / mask_path)
-            labels = self._labels(_read_mask(Path(source)))
+            labels = self._labels(read_mask(Path(source)))
         if tuple(labels.shape) != size:
             raise FileError(
                 f"{source} must be of its image's size, {size[0]} x {size[1]}; "
@@ -234,8 +234,12 @@ def _read_image(path: Path) -> Tensor:
     return data.view(height, width, 3).permute(2, 0, 1).contiguous()
 
 
-def _read_mask(path: Path) -> Tensor:
-    """The ids in a picture, int64 (H, W)."""
+def read_mask(path: Path) -> Tensor:
+    """The ids in a gray or palette picture. int64 ``(H, W)``.
+
+    Raises:
+        FileError: If the file is missing, damaged or of the wrong kind.
+    """
     image = _open(path)
     width, height = cast("tuple[int, int]", image.size)
     mode = cast("str", image.mode)

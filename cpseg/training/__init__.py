@@ -20,6 +20,8 @@ from cpseg.training.comparison import (
 from cpseg.training.config import train_from_file, trainer_from_file
 from cpseg.training.distributed import Processes, processes
 from cpseg.training.evaluation import Evaluation, evaluate
+from cpseg.training.journal import Journal
+from cpseg.training.learner import Learner
 from cpseg.training.mixing import Mix, cutmix
 from cpseg.training.objective import (
     Batch,
@@ -39,7 +41,8 @@ from cpseg.training.targets import (
     masked_cross_entropy,
     merge_pseudo_labels,
 )
-from cpseg.training.trainer import FitResult, Step, TrainConfig, Trainer
+from cpseg.training.train_config import TrainConfig
+from cpseg.training.trainer import FitResult, Step, Trainer
 
 __all__ = [
     "Batch",
@@ -52,7 +55,9 @@ __all__ = [
     "Evaluation",
     "Exponential",
     "FitResult",
+    "Journal",
     "Labeled",
+    "Learner",
     "Linear",
     "MergeMode",
     "Mix",

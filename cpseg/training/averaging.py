@@ -32,7 +32,7 @@ class MovingAverage:
             raise InputError(f"decay must lie in [0, 1); got {decay!r}")
         self.module: nn.Module = deepcopy(network).eval().requires_grad_(requires_grad=False)
         self.decay = decay
-        self.updates = 0
+        self.updates: int = 0
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:

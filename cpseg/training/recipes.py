@@ -6,7 +6,7 @@ rate or precision, is changed with :func:`dataclasses.replace` on what comes bac
 
 from cpseg.training.objective import Stage
 from cpseg.training.schedules import Complement, Constant, Exponential
-from cpseg.training.trainer import TrainConfig
+from cpseg.training.train_config import TrainConfig
 
 __all__ = ["conformal_sam", "self_training", "supervised", "unimatch_like"]
 
@@ -18,8 +18,9 @@ def conformal_sam(
     self_steps: int,
     crop: tuple[int, int],
     start: float = 0.5,
-    rate: float = 5.0,
+    rate: float = 1.0,
     threshold: float = 0.0,
+    ema_decay: float | None = None,
 ) -> TrainConfig:
     """ConformalSAM (Chen et al., 2025): filtered external labels, then self-reliance.
 
@@ -27,7 +28,8 @@ def conformal_sam(
     the external labels for the student's own, with ``(1 - w) L_s + w L_u`` and ``w`` falling
     exponentially. Ours, because the paper's text could not be had: equal weights in stage I,
     ``start`` and ``rate``, no confidence threshold, no teacher, one learning-rate schedule over
-    both stages.
+    both stages. ``rate`` is low because a high one ends on the labeled images alone, which few
+    labels do not bear.
 
     Guarantee:
         None; a heuristic.
@@ -40,6 +42,8 @@ def conformal_sam(
         start: ``w`` where stage II begins.
         rate: How fast it falls: by ``exp(-rate)`` over the stage.
         threshold: From which confidence stage II keeps a label.
+        ema_decay: Of a teacher that averages the student over steps and labels in its place in
+            stage II; None: the student itself.
 
     Examples:
         >>> config = conformal_sam(21, external_steps=300, self_steps=100, crop=(64, 64))
@@ -53,13 +57,15 @@ def conformal_sam(
             Stage(
                 name="self",
                 steps=self_steps,
-                source="student",
+                source="student" if ema_decay is None else "teacher",
                 threshold=threshold,
                 labeled_weight=Complement(weight),
                 unlabeled_weight=weight,
             )
         )
-    return TrainConfig(num_classes=num_classes, stages=tuple(stages), crop=crop)
+    return TrainConfig(
+        num_classes=num_classes, stages=tuple(stages), crop=crop, ema_decay=ema_decay
+    )
 
 
 def supervised(num_classes: int, *, steps: int, crop: tuple[int, int]) -> TrainConfig:
