@@ -43,7 +43,7 @@ doctest_test_doctest_blocks = ""
 nitpicky = True
 # Offline there is nothing to link to outside cpseg, and private names have no page.
 _others = "|".join(
-    sorted({"torch", "numpy", "scipy", "typing_extensions", *sys.stdlib_module_names})
+    sorted({"torch", "numpy", "scipy", "typing_extensions", "matplotlib", *sys.stdlib_module_names})
 )
 nitpick_ignore_regex = [("py:.*", rf"({_others})\..*"), ("py:.*", r"cpseg\.(.*\.)?_.*")]
 

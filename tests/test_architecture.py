@@ -32,7 +32,7 @@ LEVELS = [
     {"tuning"},
     {"predictors"},
     {"filters", "plots"},
-    {"risk", "shift", "export"},
+    {"export", "report", "risk", "shift"},
     {"annotators", "data"},
     {"training"},
     {"cli"},

@@ -1,11 +1,20 @@
 """The command line, run in this process."""
 
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from cpseg.annotators import CachedAnnotator
 from cpseg.cli import main
+from cpseg.cli.console import progress
+from cpseg.cli.workers import one_thread
+from cpseg.training import FitResult
 
 SMALL = ["demo", "--calibration-images", "30", "--new-images", "5"]
 
@@ -25,7 +34,9 @@ def test_the_demo_prints_a_row_per_class_its_guarantee_and_what_was_kept(
     kept, right = raw.split()[-2:]
     assert kept == "100.0%"
     assert 50 < float(right.rstrip("%")) < 100
-    shares = {line[:28].strip(): line.split()[-2:] for line in lines if "singletons" in line}
+    shares = {
+        " ".join(line.split()[:-2]): line.split()[-2:] for line in lines if "singletons" in line
+    }
     assert set(shares) == {"one threshold, singletons", "per class, singletons"}
     assert told.err.count("images in") == 2
 
@@ -48,10 +59,10 @@ def test_the_demo_depends_on_its_seed_alone(capsys: pytest.CaptureFixture[str]) 
         (["demo", "--new-images", "0"], "length must be an integer >= 1; got 0"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_status_1(
+def test_a_mistake_is_one_line_and_exit_status_2(
     words: list[str], rule: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*SMALL, *words[1:]]) == 1
+    assert main([*SMALL, *words[1:]]) == 2
     told = capsys.readouterr()
     assert f"cpseg: {rule}" in told.err.splitlines()[-1]
     assert "Traceback" not in told.err
@@ -63,7 +74,7 @@ def test_annotate_refuses_a_folder_that_is_not_there_in_one_line(
     classes = tmp_path / "classes.txt"
     classes.write_text("road\nsky\n")
     words = ["--classes", str(classes), "--model", "m.pt", "--cache", str(tmp_path / "cache")]
-    assert main(["annotate", str(tmp_path / "nowhere"), *words]) == 1
+    assert main(["annotate", str(tmp_path / "nowhere"), *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("cpseg: ")
     assert "nowhere" in line
@@ -75,14 +86,14 @@ def test_train_refuses_a_wrong_file_in_one_line(
 ) -> None:
     config = tmp_path / "config.json"
     config.write_text(text)
-    assert main(["train", str(config)]) == 1
+    assert main(["train", str(config)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("cpseg: ")
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = tmp_path / "none.json"
-    assert main(["train", str(missing)]) == 1
+    assert main(["train", str(missing)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"cpseg: {missing} must be a readable file; No such file or directory"
 
@@ -91,4 +102,154 @@ def test_wrong_usage_is_exit_status_2(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit) as stopped:
         main(["demo", "--alpha"])
     assert stopped.value.code == 2
-    assert "usage: cpseg demo" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cpseg demo: argument --alpha")
+    assert "cpseg demo --help" in line
+
+
+COMMANDS = ["demo", "annotate", "calibrate", "filter", "report", "train"]
+
+
+@pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS)])
+def test_help_fits_80_columns_and_shows_an_example(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--help"])
+    assert stopped.value.code == 0
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) < 80
+    if words:
+        assert f"  python -m cpseg {words[0]} " in told
+        assert "--json" in told
+    else:
+        assert all(f"    {name}" in told for name in COMMANDS)
+        assert "130  interrupted" in told
+
+
+def test_the_demo_says_plainly_that_a_level_is_out_of_reach(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*SMALL, "--alpha", "0.001"]) == 0
+    told = capsys.readouterr().out
+    assert "nan" not in told
+    rows = [line.split() for line in told.splitlines() if line.startswith(("disc", "ring"))]
+    assert [row[2:4] for row in rows] == [["none", "99.9%"], ["none", "99.9%"]]
+    assert "needs at least 999 calibration images" in " ".join(told.split())
+    (row,) = [line for line in told.splitlines() if line.startswith("per class, singletons")]
+    assert row.split()[-2:] == ["0.0%", "-"]
+
+
+def test_the_demo_explains_a_rule_that_is_worse_than_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main([*SMALL, "--alpha", "0.05"])
+    assert "this rule needs smaller sets" in " ".join(capsys.readouterr().out.split())
+    main(["demo", "--calibration-images", "60", "--new-images", "5", "--alpha", "0.4"])
+    assert "this rule needs smaller sets" not in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_demo_gives_one_json_document_and_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert main([*SMALL, "--json", "--figures", str(tmp_path / "figures")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["alpha"] == 0.05
+    assert len(found["thresholds"]) == len(found["classes"]) == 6
+    assert found["filters"]["the annotator's argmax"]["kept"] == 1.0
+    drawn = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert drawn == [
+        "coverage.png",
+        "image.png",
+        "images.png",
+        "kept.png",
+        "levels.png",
+        "reliability.png",
+    ]
+
+
+def test_progress_tells_the_time_left_on_a_terminal_and_one_line_elsewhere(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 30.0, 60.0, 90.0, 90.0])  # start, three steps, end
+    monkeypatch.setattr("cpseg.cli.console.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert list(progress("abc", "think")) == ["a", "b", "c"]
+    first, second, third, last = re.split(r"\r", capsys.readouterr().err)[1:]
+    assert "1/3, 1 min 00 s left" in first
+    assert "2/3, 30 s left" in second
+    assert "3/3, 0.0 s left" in third
+    assert last.startswith("think: 3 images in 1 min 30 s")
+    assert all(len(line.removesuffix("\x1b[K")) < 80 for line in (first, second, third))
+    clock = iter([0.0, 2.0])
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False)
+    assert list(progress("abc", "think")) == ["a", "b", "c"]
+    assert capsys.readouterr().err == "think: 3 images in 2.0 s\n"
+
+
+def test_figures_and_files_that_cannot_be_written_are_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    assert main([*SMALL, "--figures", str(taken)]) == 2
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main([*SMALL, "--figures", str(tmp_path / "figures")]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    first, second = told.err.splitlines()
+    assert "--figures must be a folder" in first
+    assert "cpseg[plot]" in second
+
+
+def test_annotate_and_train_give_one_json_document(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = torch.zeros(3, 4, 4, dtype=torch.uint8)
+
+    def annotates(_: object) -> int:
+        made = CachedAnnotator(
+            tmp_path, lambda images: torch.zeros(len(images), 2, 4, 4), source="s"
+        )
+        (tmp_path / "images.json").write_text(json.dumps({"a.png": made.ensure(image)}))
+        return 1
+
+    monkeypatch.setattr("cpseg.annotators.folder.run", annotates)
+    words = ["annotate", "x", "--classes", "y", "--model", "m", "--cache", str(tmp_path)]
+    assert main([*words, "--json"]) == 1
+    source = CachedAnnotator(tmp_path).source
+    assert json.loads(capsys.readouterr().out) == {
+        "cache": str(tmp_path),
+        "images": 1,
+        "source": source,
+    }
+
+    def trains(path: Path, *, resume: bool, report: Callable[[str], None]) -> FitResult:
+        assert (path, resume) == (Path("c.json"), True)
+        report("step 1: mIoU 0.5")
+        return FitResult(7, math.nan, 0, 0.5, stopped=False)
+
+    monkeypatch.setattr("cpseg.cli.train.train_from_file", trains)
+    assert main(["train", "c.json", "--resume", "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out) == {
+        "steps": 7,
+        "best_miou": None,
+        "best_step": 0,
+        "last_miou": 0.5,
+        "stopped": False,
+    }
+    assert told.err == "step 1: mIoU 0.5\n"
+
+
+def test_one_thread_is_for_the_while() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

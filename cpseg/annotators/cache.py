@@ -231,6 +231,30 @@ class CachedAnnotator:
         self._stored(image[None])
         return self._place(image)[0].relative_to(self.folder).as_posix()
 
+    def read(self, path: str | Path) -> Tensor:
+        """Logits of a file of this cache, for those who have no image at hand.
+
+        Args:
+            path: The file, as :meth:`ensure` names it; relative ones start at the folder.
+
+        Returns:
+            float32 log-probabilities. Shape ``(C, H, W)``.
+
+        Raises:
+            FileError: The file is missing, damaged or foreign, or holds several channels, each
+                with classes of its own.
+        """
+        place = self.folder / path if not Path(path).is_relative_to(self.folder) else Path(path)
+        if not place.exists():
+            raise FileError(f"{place} must be a file of cached logits; there is none")
+        channels = self._read(place, place.stem)
+        if len(channels) != 1:
+            raise FileError(
+                f"{place} must hold one channel to be read alone; it holds {len(channels)}. "
+                "Ask the CachedAnnotator with the image"
+            )
+        return _spread(channels[0])
+
     def _stored(self, images: Tensor) -> "list[list[_Stored]]":
         """What is stored of each image: one entry, or one per channel."""
         found: list[list[_Stored] | None] = []

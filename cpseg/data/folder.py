@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from cpseg import _checks
 from cpseg.errors import FileError, InputError, MissingExtraError
 
-__all__ = ["FolderReport", "SegmentationFolder", "read_mask", "read_split"]
+__all__ = ["FolderReport", "SegmentationFolder", "read_image", "read_mask", "read_split"]
 
 
 def read_split(path: str | os.PathLike[str]) -> list[tuple[str, str | None]]:
@@ -161,7 +161,7 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
             FileError: If a file is missing, damaged or of the wrong kind.
         """
         image_path, mask_path = self.pairs[index]
-        image = _read_image(Path(self.root) / image_path)
+        image = read_image(Path(self.root) / image_path)
         size = tuple(image.shape[1:])
         if self.load_labels is not None:
             labels, source = self.load_labels(self.name(index)).long(), self.name(index)
@@ -227,7 +227,12 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         return FolderReport(len(self), masks, dict(sizes), dict(pixels))
 
 
-def _read_image(path: Path) -> Tensor:
+def read_image(path: Path) -> Tensor:
+    """A picture: red, green, blue, uint8 ``(3, H, W)``.
+
+    Raises:
+        FileError: If the file is missing, damaged or no picture.
+    """
     rgb = _open(path).convert("RGB")
     width, height = cast("tuple[int, int]", rgb.size)
     data = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
@@ -235,10 +240,10 @@ def _read_image(path: Path) -> Tensor:
 
 
 def read_mask(path: Path) -> Tensor:
-    """The ids in a gray or palette picture. int64 ``(H, W)``.
+    """The ids in a gray or palette picture, int64 ``(H, W)``.
 
     Raises:
-        FileError: If the file is missing, damaged or of the wrong kind.
+        FileError: If the file is missing, damaged or of colors.
     """
     image = _open(path)
     width, height = cast("tuple[int, int]", image.size)
