@@ -23,7 +23,7 @@ from cpseg.bounds import (
     hoeffding_bentkus,
 )
 from cpseg.filters import Top
-from cpseg.quantile import conformal_quantile
+from cpseg.quantile import UNIT_MASS, budget, conformal_quantile
 from cpseg.risk import (
     CoverageShare,
     DilutedFalseNegativeRate,
@@ -39,6 +39,7 @@ from cpseg.risk import (
     WorstFalseNegativeRate,
     threshold_grid,
 )
+from cpseg.risk import Losses as LossesOfRisk
 
 LEVELS = ((0.1, 0.1), (0.1, 0.05), (0.05, 0.1), (0.05, 0.05))
 
@@ -93,7 +94,12 @@ def clustered(shape: tuple[int, int], generator: torch.Generator) -> Losses:
     image = torch.randn(*shape, 1, generator=generator)
     pixels = torch.randn(*shape, 16, generator=generator)
     place = torch.special.ndtr((image + pixels) / 2**0.5)
-    return lambda mean: (place < mean).double().mean(2)
+
+    def losses(mean: float) -> Tensor:
+        wrong: Tensor = place < mean
+        return wrong.double().mean(2)
+
+    return losses
 
 
 KINDS = {"Bernoulli": bernoulli, "beta": beta, "clustered pixels": clustered}
@@ -116,13 +122,27 @@ def split_maxima(losses: Tensor, alpha: float, delta: float = 0.1) -> Tensor:
     return torch.where(torch.as_tensor(best) > log(1 / delta), delta, 1.0)
 
 
+def spread_of_thresholds(losses: Tensor, alpha: float, delta: float = 0.1) -> Tensor:
+    """MAPIE 1.6's Bernstein bound, where the risk is the same at all thresholds.
+
+    Its variance is that of the mean risk over thresholds, not that of the losses over images, so
+    that here it is 0.
+    """
+    n = len(losses)
+    bound = losses.mean(0) + 7 * log(2 / delta) / (3 * (n - 1))
+    return torch.where(bound < alpha, delta, 1.0)
+
+
 OURS: dict[str, PValue] = {
     "Hoeffding": hoeffding,
     "Hoeffding-Bentkus": hoeffding_bentkus,
     "betting": betting,
     "Clopper-Pearson": clopper_pearson,
 }
-PEERS: dict[str, PValue] = {"two maxima added (MAPIE 1.6)": split_maxima}
+PEERS: dict[str, PValue] = {
+    "two maxima added (MAPIE 1.6, its default)": split_maxima,
+    "variance over thresholds (MAPIE 1.6, Bernstein)": spread_of_thresholds,
+}
 
 
 def bound_rows(
@@ -164,8 +184,8 @@ def bound_rows(
 CLASSES = 3
 
 
-def population(images: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Images of 6 x 8 pixels, some hard; class 2 is rare, small and easily missed."""
+def population(images: int, seed: int, kind: str = "beta") -> tuple[Tensor, Tensor]:
+    """Images of 6 x 8 pixels whose errors are of a kind; class 2 is rare, small, easily missed."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.zeros(images, 6, 8, dtype=torch.int64)
     edge = torch.randint(1, 8, (images, 1, 1), generator=generator)
@@ -174,8 +194,15 @@ def population(images: int, seed: int) -> tuple[Tensor, Tensor]:
     labels[rare, 1:3, 2:5] = 2
     labels[torch.rand(labels.shape, generator=generator) < 0.03] = 255
     truth = torch.nn.functional.one_hot(labels.clamp(max=CLASSES - 1), CLASSES).movedim(-1, 1)
-    ease = 0.5 + 4.5 * torch.rand(images, 1, 1, 1, generator=generator)
+    level = torch.rand(images, 1, 1, 1, generator=generator)
     noise = torch.randn(images, CLASSES, 6, 8, generator=generator)
+    shared = torch.randn(images, CLASSES, 1, 1, generator=generator)
+    if kind == "Bernoulli":  # all of an image is right, or all of it is wrong
+        ease, noise = torch.where(level < 0.12, -1.0, 3.0), 0.3 * noise
+    elif kind == "beta":  # shares of wrong pixels between 0 and a half
+        ease = 0.5 + 4.5 * level
+    else:  # pixels of an image are wrong together
+        ease, noise = torch.tensor(2.5), (shared + noise) / 2**0.5
     return (ease * truth + 1.1 * noise) * 1.5, labels
 
 
@@ -203,124 +230,196 @@ RISKS: dict[str, Risk] = {
 
 
 def risk_rows(
-    draws: int = 2000, sizes: Iterable[int] = (50, 200), images: int = 500
+    draws: int = 2000,
+    sizes: Iterable[int] = (10, 50, 200, 1000),
+    kinds: Iterable[str] = tuple(KINDS),
+    levels: Iterable[tuple[float, float]] = LEVELS,
+    images: int = 500,
 ) -> Iterator[Row]:
     """Every risk, calibrated on images drawn with replacement; the truth is the population."""
-    grid = threshold_grid(0.0, 1.0, 41)
-    logits, labels = population(images, 0)
-    extra = population(200, 1)
-    for name, risk in RISKS.items():
-        ids = range(images)
-        seen = RiskCalibrator(risk, grid=grid).update(logits, labels, ids)
-        rows = torch.stack([seen._units[unit] for unit in ids])
-        start = None
-        if isinstance(risk, KeptError):
-            start = Start.fit(RiskCalibrator(risk, grid=grid).update(*extra), 0.1)
-        # What was calibrated with -inf, nothing kept, or +inf, has no risk.
-        gain = _gain(risk, logits, labels, grid)
-        modes: list[tuple[float, float | None]] = [(0.1, 0.1)]
-        # Of several thresholds in expectation, the largest mean is not what is promised.
-        if not isinstance(risk, KeptError) and name != "false negatives, each class":
-            modes.append((0.1, None))
-        for alpha, delta in modes:
-            losses = risk.losses(rows, alpha)
-            weight = losses.counted.double()[..., None]
-            truth = (losses.values * weight).sum(0) / weight.sum(0).clamp(min=1)  # (R, K)
-            shared = delta is not None and len(risk.axes) > 0
-            for n in sizes:
-                generator = torch.Generator().manual_seed(n)
-                failures, risks, gains = 0, [], []
-                for _ in range(draws):
-                    chosen = torch.randint(images, (n,), generator=generator)
-                    control = RiskCalibrator(risk, grid=grid, start=start)
-                    control.update(logits[:0], labels[:0])
-                    control._rows, control._anonymous = [rows[chosen]], n
-                    calibration = control.compute(
-                        alpha,
-                        delta,
-                        simultaneous=shared,
-                        monotonize=delta is None and not risk.monotone,
+    grid = threshold_grid(0.0, 1.0, 31)
+    ids = range(images)
+    for kind in kinds:
+        logits, labels = population(images, 0, kind)
+        extra = population(200, 1, kind)
+        for name, risk in RISKS.items():
+            seen = RiskCalibrator(risk, grid=grid).update(logits, labels, ids)
+            rows = torch.stack([seen._units[unit] for unit in ids])
+            tuning = RiskCalibrator(risk, grid=grid).update(*extra)
+            gain = _gain(risk, logits, labels, grid)
+            modes: list[tuple[float, float | None]] = list(levels)
+            # Of several thresholds in expectation, the largest mean is not what is promised.
+            if not isinstance(risk, KeptError) and name != "false negatives, each class":
+                modes += [(alpha, None) for alpha in sorted({a for a, _ in modes}, reverse=True)]
+            for alpha, delta in modes:
+                losses = risk.losses(rows, alpha)
+                weight = losses.counted.double()[..., None]
+                truth = (losses.values * weight).sum(0) / weight.sum(0).clamp(min=1)  # (R, K)
+                start = Start.fit(tuning, alpha) if isinstance(risk, KeptError) else None
+                for n in sizes:
+                    picks = torch.randint(
+                        images, (n, draws), generator=torch.Generator().manual_seed(n)
                     )
-                    step = _steps(calibration.thresholds, grid)
-                    value = torch.where(
-                        step < 0, 0.0, truth.gather(1, step.clamp(min=0)[:, None])[:, 0]
+                    if delta is None:
+                        step = in_expectation(risk, losses, picks, alpha)
+                    else:
+                        step = with_probability(
+                            risk, losses, picks, alpha, delta, start=start, grid=grid
+                        )
+                    # What was calibrated with -inf, nothing kept, or +inf, has no risk.
+                    risks = torch.where(
+                        step < 0,
+                        0.0,
+                        truth.expand(draws, -1, -1).gather(2, step.clamp(min=0)[..., None])[..., 0],
                     )
-                    failures += bool((value > alpha).any())
-                    risks.append(float(value.max()))
-                    gains.append(float(gain(step)))
-                values = torch.tensor(risks, dtype=torch.float64)
-                mean = float(values.mean())
-                unit = "kept" if risk.keeps else "set size"
-                yield Row(
-                    f"{name}" + ("" if delta is not None else ", in expectation"),
-                    f"n = {n}, alpha = {alpha:g}" + (f", delta = {delta:g}" if delta else ""),
-                    delta if delta is not None else alpha,
-                    draws,
-                    failures=failures if delta is not None else None,
-                    mean=mean if delta is None else None,
-                    error=float(values.std() / draws**0.5),
-                    sharpness=mean / alpha,
-                    given=f"{unit} {sum(gains) / draws:.2f}",
-                )
+                    values = risks.amax(1)
+                    unit = "kept" if risk.keeps else "set size"
+                    yield Row(
+                        f"{name}" + ("" if delta is not None else ", in expectation"),
+                        f"{kind}, n = {n}, alpha = {alpha:g}"
+                        + (f", delta = {delta:g}" if delta else ""),
+                        delta if delta is not None else alpha,
+                        draws,
+                        failures=int((risks > alpha).any(1).sum()) if delta is not None else None,
+                        mean=float(values.mean()) if delta is None else None,
+                        error=float(values.std() / draws**0.5),
+                        sharpness=float(values.mean()) / alpha,
+                        given=f"{unit} {float(gain(step).mean()):.2f}",
+                    )
 
 
-def _steps(thresholds: Tensor, grid: Tensor) -> Tensor:
-    """Positions on the grid, -1 where nothing was certified."""
-    nearest = (thresholds.clamp(0, 1)[:, None] - grid).abs().argmin(1)
-    return torch.where(thresholds.isinf(), -1, nearest)
+def with_probability(
+    risk: Risk,
+    losses: LossesOfRisk,
+    picks: Tensor,
+    alpha: float,
+    delta: float,
+    *,
+    start: Start | None,
+    grid: Tensor,
+    bound: PValue = betting,
+) -> Tensor:
+    """What ``RiskCalibrator.compute`` does, for many draws at once.
+
+    Args:
+        risk: The risk.
+        losses: Its losses on the population, ``(P, R, K)``.
+        picks: Images of each draw, in the order of testing. int64 ``(n, draws)``.
+        alpha: Its level.
+        delta: For all rows at once.
+        start: Where tests begin.
+        grid: The thresholds.
+        bound: The test.
+
+    Returns:
+        Position of each threshold on the grid, -1 for none. int64 ``(draws, R)``.
+    """
+    count, steps = losses.values.shape[1:]
+    share = delta / count
+    chosen = torch.full((picks.shape[1], count), -1)
+    for row in range(count):
+        first = 0
+        if start is not None:
+            first = max(int((grid <= start.thresholds[row]).sum()) - 1, 0)
+            first = first if risk.keeps else steps - 1 - first
+        values = losses.values[:, row] if risk.keeps else losses.values[:, row].flip(1)
+        inside = losses.counted[:, row][picks]
+        sizes = inside.sum(0)
+        for size in sorted(set(sizes.tolist())):
+            draws = (sizes == size).nonzero()[:, 0]
+            if size == 0:
+                continue
+            images = picks[:, draws].T[inside[:, draws].T].view(len(draws), size).T
+            live = torch.arange(len(draws))
+            column = first
+            while column < steps and len(live):
+                width = min(max(2048 // len(live), 1), steps - column)
+                block = values[:, column : column + width][images[:, live]]
+                small = bound(block.flatten(1), alpha, share).view(len(live), width) <= share
+                passed = small.cumprod(1).sum(1)
+                some = passed > 0
+                chosen[draws[live[some]], row] = column + passed[some] - 1
+                live = live[passed == width]
+                column += width
+    return chosen if risk.keeps else torch.where(chosen < 0, -1, steps - 1 - chosen)
+
+
+def in_expectation(risk: Risk, losses: LossesOfRisk, picks: Tensor, alpha: float) -> Tensor:
+    """As :func:`with_probability`, for conformal risk control."""
+    count, steps = losses.values.shape[1:]
+    draws = picks.shape[1]
+    often = torch.zeros(draws, len(losses.values), dtype=torch.float64)
+    often.scatter_add_(1, picks.T, torch.ones(draws, len(picks), dtype=torch.float64))
+    chosen = torch.full((draws, count), -1)
+    for row in range(count):
+        values = losses.values[:, row] if risk.keeps else losses.values[:, row].flip(1)
+        values = values if risk.monotone else values.cummax(1).values
+        counted = losses.counted[:, row].double()
+        # Sums of integers below 2**53: exact.
+        mass = often @ ((values * UNIT_MASS).ceil() * counted[:, None])
+        units = (often @ counted).long()
+        limits = torch.tensor([budget(alpha, n, UNIT_MASS) for n in units.tolist()])
+        chosen[:, row] = (mass <= limits[:, None]).cumprod(1).sum(1) - 1
+    return chosen if risk.keeps else torch.where(chosen < 0, -1, steps - 1 - chosen)
 
 
 def _gain(risk: Risk, logits: Tensor, labels: Tensor, grid: Tensor) -> Callable[[Tensor], Tensor]:
-    """Mean set size, or share of labelled pixels kept, as a function of the thresholds' places."""
-    scores = LAC()(logits)
+    """Mean set size, or share of labelled pixels kept, of the thresholds' places ``(draws, R)``."""
     if risk.keeps:
         kind = KeptError(Top, CLASSES, per_class=True) if risk.axes else None
         counted = kind or KeptError(risk.rule or Argmax, CLASSES)
         control = RiskCalibrator(counted, grid=grid).update(logits, labels)
-        table = control.table()
         count = CLASSES if risk.axes else 1
+        table = control.table()
         kept = table[:, :-count].view(len(table), 2, count, -1)[:, 1].sum(0)
-        share = kept.double() / int((labels != 255).sum())
-        return lambda step: torch.where(
-            step < 0, 0.0, share.gather(1, step.clamp(min=0)[:, None])[:, 0]
-        ).sum()
-    sizes = torch.stack([(scores <= limit).double().mean((0, 2, 3)) for limit in grid], 1)
-    full = torch.ones(len(sizes), dtype=torch.float64)
+        given, otherwise = kept.double() / int((labels != 255).sum()), 0.0
+    else:
+        scores = LAC()(logits)
+        given = torch.stack([(scores <= limit).double().mean((0, 2, 3)) for limit in grid], 1)
+        otherwise = 1.0
 
-    def size(step: Tensor) -> Tensor:
-        places = step.expand(CLASSES)
-        held = sizes.gather(1, places.clamp(min=0)[:, None])[:, 0]
-        return torch.where(places < 0, full, held).sum()
+    def total(step: Tensor) -> Tensor:
+        places = step.expand(-1, len(given))
+        table = given.expand(len(places), -1, -1)
+        held = table.gather(2, places.clamp(min=0)[..., None])[..., 0]
+        return torch.where(places < 0, otherwise, held).sum(1)
 
-    return size
+    return total
 
 
 # --- coverage, ours and pooled -------------------------------------------------------------------
 
 
-def coverage_rows(draws: int = 2000, images: int = 500) -> Iterator[Row]:
-    """Image coverage at alpha = 0.1, by the unit that is counted; and a quantile without n + 1."""
-    alpha = 0.1
+def coverage_rows(
+    draws: int = 2000, sizes: Iterable[int] = (10, 50, 200, 1000), images: int = 500
+) -> Iterator[Row]:
+    """Image coverage by the unit that is counted; and a quantile without n + 1."""
     logits, labels = population(images, 2)
     labels[torch.arange(0, images, 2), :, 1:] = 255  # images of very unequal size
     for score in (LAC(), APS()):
         raw = score.of_labels(logits, labels.clamp(max=CLASSES - 1)).flatten(1)
         valid = (labels != 255).flatten(1)
-        for n in (10, 20, 50):
+        for n in sizes:
             generator = torch.Generator().manual_seed(n)
-            missed: dict[str, list[float]] = {"image": [], "pixel": []}
+            missed: dict[tuple[float, str], list[float]] = {
+                (alpha, unit): [] for alpha in (0.1, 0.05) for unit in ("image", "pixel")
+            }
             for _ in range(draws):
                 chosen = torch.randint(images, (n + 1,), generator=generator)
-                for unit, into in missed.items():
-                    calibrator = SplitCalibrator(score, unit=unit, store="exact")  # type: ignore[arg-type]
+                new, seen = raw[chosen[n]], valid[chosen[n]]
+                for unit in ("image", "pixel"):
+                    calibrator = SplitCalibrator(score, unit=unit, store="exact")
                     calibrator.update(logits[chosen[:n]], labels[chosen[:n]])
-                    limit = calibrator.compute(alpha).thresholds
-                    new, seen = raw[chosen[n]], valid[chosen[n]]
-                    into.append(float(((new > limit) & seen).sum() / seen.sum()))
-            for unit, values in missed.items():
+                    for alpha in (0.1, 0.05):
+                        limit = calibrator.compute(alpha).thresholds
+                        share = ((new > limit) & seen).sum() / seen.sum()
+                        missed[alpha, unit].append(float(share))
+            for (alpha, unit), values in missed.items():
                 found = torch.tensor(values, dtype=torch.float64)
                 yield Row(
-                    f"miscoverage, unit = {unit}",
+                    "miscoverage, unit = image"
+                    if unit == "image"
+                    else "miscoverage, pixels pooled and counted (TorchCP and others)",
                     f"{type(score).__name__}, n = {n}, alpha = {alpha:g}, unequal images",
                     alpha,
                     draws,
@@ -329,22 +428,24 @@ def coverage_rows(draws: int = 2000, images: int = 500) -> Iterator[Row]:
                     sharpness=float(found.mean()) / alpha,
                     ours=unit == "image",
                 )
-    for n in (10, 20, 50, 200):
+    for n in sizes:
         generator = torch.Generator().manual_seed(n)
         scores = torch.rand(draws, n + 1, generator=generator, dtype=torch.float64)
-        plain = torch.quantile(scores[:, :n], 1 - alpha, dim=1)
-        exact = torch.stack([conformal_quantile(row[:n], alpha) for row in scores])
-        for name, limit in (("conformal quantile", exact), ("torch.quantile, no n + 1", plain)):
-            outside = (scores[:, n] > limit).double()
-            yield Row(
-                name,
-                f"independent scores, n = {n}, alpha = {alpha:g}",
-                alpha,
-                draws,
-                failures=int(outside.sum()),
-                sharpness=float(outside.mean()) / alpha,
-                ours=name == "conformal quantile",
-            )
+        for alpha in (0.1, 0.05):
+            plain = torch.quantile(scores[:, :n], 1 - alpha, dim=1)
+            exact = torch.stack([conformal_quantile(row[:n], alpha) for row in scores])
+            peer = "torch.quantile without n + 1 (torch-uncertainty)"
+            for name, limit in (("conformal quantile", exact), (peer, plain)):
+                outside = (scores[:, n] > limit).double()
+                yield Row(
+                    name,
+                    f"independent scores, n = {n}, alpha = {alpha:g}",
+                    alpha,
+                    draws,
+                    failures=int(outside.sum()),
+                    sharpness=float(outside.mean()) / alpha,
+                    ours=name == "conformal quantile",
+                )
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -358,6 +459,9 @@ A line *holds* if its failures are no more than an exact binomial 99.99 % upper 
 nominal probability allows (for expectations: if the mean risk is at most alpha plus 3.72 standard
 errors). *Realised* is the mean true risk of what was chosen, over alpha: 1 gives nothing away.
 Lines in italics are other ways of computing the same, as other libraries do it, on the same draws.
+Among the tests that serve any loss, betting gives away least from 200 images on, in all lines but
+one: of losses that are 0 or 1, at n = 200 and alpha = delta = 0.05, Hoeffding-Bentkus is ahead. For
+such losses Clopper-Pearson is exact, and gives away less than either.
 """
 
 
@@ -393,9 +497,13 @@ def main() -> None:
     for line in table(bound_rows(draws)):
         print(line, flush=True)
     print("\n## Controlled risks\n")
-    print("Images drawn with replacement from 500; the truth is those 500. Found: how often the")
-    print("true risk of the calibration exceeds alpha, or, in expectation, its mean. Given: mean")
-    print("number of classes in a set, or share of the labelled pixels that keep a label.\n")
+    print("Images drawn with replacement from 500, whose errors are all or nothing (Bernoulli), of")
+    print(
+        "smooth shares (beta), or shared by an image's pixels (clustered); the truth is those 500."
+    )
+    print("Tests are by betting. Found: how often the true risk of the calibration exceeds alpha,")
+    print("or, in expectation, its mean. Given: mean number of classes in a set, or share of the")
+    print("labelled pixels that keep a label.\n")
     for line in table(risk_rows(draws)):
         print(line, flush=True)
     print("\n## Coverage\n")

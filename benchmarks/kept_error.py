@@ -5,7 +5,8 @@
 twice the size, 255 where unknown: pixel (y, x) belongs to label (2 y + 1, 2 x + 1).
 
 The frames are the population: calibration sets are drawn from them with replacement, the truth is
-all of them. The start of the tests comes from other frames where ``nll_val.npz`` is there.
+all of them. The start of the tests comes from the frames of ``nll_val.npz``. A second table calibrates
+on all videos but one (a name's first six characters) and looks at the one left out.
 """
 
 import argparse
@@ -21,19 +22,37 @@ from cpseg import Argmax
 from cpseg.risk import KeptError, RiskCalibrator, Start
 
 
-def load(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Logits and labels on the logits' grid."""
+def load(folder: Path, split: str) -> tuple[Tensor, Tensor, list[str]]:
+    """Logits, labels on the logits' grid, and names."""
     file = np.load(folder / f"nll_{split}.npz")
     logits = -torch.from_numpy(file["nll"]).float()
     names = [str(name) for name in file["name"]]
     pictures = [np.asarray(Image.open(folder / "labels" / f"{name}.png")) for name in names]
     labels = torch.from_numpy(np.stack(pictures)[:, 1::2, 1::2].astype(np.int64))
-    return logits, labels
+    return logits, labels, names
+
+
+def rows_of(risk: KeptError, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts of each frame, ``(N, T)``, and the grid they are for."""
+    seen = RiskCalibrator(risk)
+    for first in range(0, len(logits), 16):
+        part = slice(first, first + 16)
+        seen.update(logits[part], labels[part], range(first, min(first + 16, len(logits))))
+    assert seen.grid is not None  # noqa: S101
+    return torch.stack([seen._units[unit] for unit in range(len(logits))]), seen.grid
+
+
+def error_and_share(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """At each threshold: ``E[wrong] / E[kept]``, and the mean share of a frame that is kept."""
+    wrong, kept = rows[:, :-1].view(len(rows), 2, -1).double().unbind(1)
+    pixels = rows[:, -1:].double().clamp(min=1)
+    share = (kept / pixels).mean(0)
+    return (wrong / pixels).mean(0) / share.clamp(min=1e-12), share
 
 
 def main() -> None:
-    """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Print two tables: frames drawn at random, and each video left out in turn."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--draws", type=int, default=200)
     arguments = parser.parse_args()
@@ -41,48 +60,78 @@ def main() -> None:
         print("nothing to do without --data FOLDER")
         return
     torch.set_num_threads(1)
-    logits, labels = load(arguments.data, "train")
+    logits, labels, names = load(arguments.data, "train")
     images, classes = logits.shape[:2]
     risk = KeptError(Argmax, classes)
-    seen = RiskCalibrator(risk)
-    for first in range(0, images, 16):
-        ids = range(first, min(first + 16, images))
-        seen.update(logits[first : first + 16], labels[first : first + 16], ids)
-    assert seen.grid is not None  # noqa: S101
-    rows = torch.stack([seen._units[unit] for unit in range(images)])
-    tuning = RiskCalibrator(risk).update(*load(arguments.data, "val"))
-    wrong, kept = rows[:, :-1].view(images, 2, -1).double().unbind(1)
-    pixels = rows[:, -1:].double()
-    error = (wrong / pixels).mean(0) / (kept / pixels).mean(0).clamp(min=1e-12)
-    share = (kept / pixels).mean(0)
-    print(f"{images} frames, {classes} classes; error of all labels {float(error[-1]):.3f}\n")
-    print("| epsilon | n | start | certified | failures of draws | bound | kept | oracle keeps |")
-    print("|---|---|---|---|---|---|---|---|")
+    rows, grid = rows_of(risk, logits, labels)
+    tuning = RiskCalibrator(risk).update(*load(arguments.data, "val")[:2])
+    videos = [name[:6] for name in names]
+    everything = torch.ones(images, dtype=torch.bool)
+    print(f"{images} frames, {classes} classes, {len(set(videos))} videos; ", end="")
+    print(f"error of all labels {float(error_and_share(rows)[0][-1]):.3f}\n")
+    print("Frames drawn from all, the truth is all:\n")
+    print(HEAD)
     for epsilon in (0.05, 0.1):
-        oracle = float(torch.where(error <= epsilon, share, 0.0).max())
         for n in (46, 92, 200):
             for start in (None, Start.fit(tuning, epsilon)):
-                generator = torch.Generator().manual_seed(n)
-                failures, certified, total = 0, 0, 0.0
-                for _ in range(arguments.draws):
-                    chosen = torch.randint(images, (n,), generator=generator)
-                    control = RiskCalibrator(risk, start=start)
-                    control.update(logits[:0], labels[:0])
-                    control._rows = [rows[chosen]]
-                    threshold = control.compute(epsilon, 0.1).thresholds
-                    if bool(threshold.isinf()):
-                        continue
-                    place = int((seen.grid == threshold).nonzero())
-                    certified += 1
-                    failures += float(error[place]) > epsilon
-                    total += float(share[place])
-                bound = int(binom.ppf(0.9999, arguments.draws, 0.1))
-                print(
-                    f"| {epsilon:g} | {n} | {'several' if start is None else 'tuned'} "
-                    f"| {certified}/{arguments.draws} | {failures} | {bound} "
-                    f"| {total / arguments.draws:.3f} | {oracle:.3f} |",
-                    flush=True,
+                found = repeat(
+                    (risk, rows, grid),
+                    (everything, everything),
+                    epsilon,
+                    n,
+                    start,
+                    draws=arguments.draws,
                 )
+                print(f"| all | {found}", flush=True)
+    print("\nFrames drawn from the other videos, the truth is the video left out:\n")
+    print(HEAD)
+    for video in sorted(set(videos)):
+        inside = torch.tensor([name == video for name in videos])
+        for epsilon in (0.05, 0.1):
+            for n in (46, 92, 200):
+                start = Start.fit(tuning, epsilon)
+                found = repeat(
+                    (risk, rows, grid), (~inside, inside), epsilon, n, start, draws=arguments.draws
+                )
+                print(f"| {video} ({int(inside.sum())}) | {found}", flush=True)
+
+
+HEAD = """| truth | epsilon | n | start | certified | failures | allowed | kept | oracle keeps |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def repeat(
+    data: tuple[KeptError, Tensor, Tensor],
+    split: tuple[Tensor, Tensor],
+    epsilon: float,
+    n: int,
+    start: Start | None,
+    *,
+    draws: int,
+) -> str:
+    """Calibrate on frames drawn with replacement from one part; a line about the other part."""
+    risk, rows, grid = data
+    pool = split[0].nonzero()[:, 0]
+    error, share = error_and_share(rows[split[1]])
+    oracle = float(torch.where(error <= epsilon, share, 0.0).max())
+    generator = torch.Generator().manual_seed(n)
+    failures, certified, total = 0, 0, 0.0
+    for _ in range(draws):
+        chosen = pool[torch.randint(len(pool), (n,), generator=generator)]
+        control = RiskCalibrator(risk, grid=grid, start=start)
+        control._rows = [rows[chosen]]
+        threshold = control.compute(epsilon, 0.1).thresholds
+        if bool(threshold.isinf()):
+            continue
+        place = int((grid == threshold).nonzero())
+        certified += 1
+        failures += float(error[place]) > epsilon
+        total += float(share[place])
+    allowed = int(binom.ppf(0.9999, draws, 0.1))
+    return (
+        f"{epsilon:g} | {n} | {'several' if start is None else 'tuned'} | {certified}/{draws} "
+        f"| {failures} | {allowed} | {total / draws:.3f} | {oracle:.3f} |"
+    )
 
 
 if __name__ == "__main__":

@@ -522,6 +522,10 @@ class AnyCalibrator:
             StateError: If an update was interrupted.
         """
         alphas = self._alphas(alpha)
+        if getattr(self.score, "fitted_on", None) == self.fingerprint:
+            raise InputError(
+                "score must be fitted on a split of its own; got one fitted on this very data"
+            )
         own, pooled = self.evidence()
         exact = own.quantiles(alphas)
         starved = own.budgets(alphas) < 0
@@ -631,16 +635,15 @@ class _Scored:
         known = (labels >= 0) & (labels < len(x))
         clean = labels * known
         scores = upward(self.score.label_columns(x, position, clean))
-        return torch.where(known, scores, torch.nan), _mark(clean, at_class(x, clean), scores)
+        return torch.where(known, scores, torch.nan), _mark(clean, at_class(x, clean))
 
 
-def _mark(labels: Tensor, logits: Tensor, scores: Tensor) -> Tensor:
-    """A hash of each pixel's label, of that class's logit and of its score. int16."""
-    mark = labels.int() * 0x5BD1E995
-    for part, factor in ((logits.float(), 0x2C1B3C6D), (scores, 0x297A2D39)):
-        mark = (mark ^ part.view(torch.int32)) * factor
-        mark = mark ^ (mark >> 15)
-    return mark.to(torch.int16)
+def _mark(labels: Tensor, logits: Tensor) -> Tensor:
+    """A hash of each pixel's label and of that class's logit, whatever the score. int16."""
+    mark = (labels.int() * 0x5BD1E995) ^ logits.float().view(torch.int32)
+    mark = mark * 0x2C1B3C6D
+    mark = (mark ^ (mark >> 15)) * 0x297A2D39
+    return (mark ^ (mark >> 15)).to(torch.int16)
 
 
 def _check_state(state: Mapping[str, object]) -> None:

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from math import prod
 from numbers import Integral
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cpseg import _checks
 from cpseg.errors import FileError, InputError
+from cpseg.fitted import PAS, RC3P, Recalibrated
 from cpseg.protocols import Score
 from cpseg.quantile import level
 from cpseg.scores import APS, LAC, RAPS, SAPS, Margin, TopK
@@ -23,7 +24,9 @@ __all__ = ["Calibration", "Control", "Guarantee"]
 
 _FORMAT = "cpseg.calibration"
 _VERSION = 1
-_BUILT_IN = {kind.__name__: kind for kind in (LAC, APS, RAPS, SAPS, Margin, TopK)}
+_BUILT_IN: dict[str, Callable[..., Score]] = {
+    kind.__name__: kind for kind in (LAC, APS, RAPS, SAPS, Margin, TopK, RC3P, PAS, Recalibrated)
+}
 
 
 @final
@@ -228,20 +231,7 @@ class Calibration:
             **{name: _to_json(getattr(self, name)) for name in _TENSORS},
             "control": None if self.control is None else asdict(self.control),
         }
-        target = Path(path)
-        fields = {**content, "sha256": _digest(content)}
-        lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
-        text = "{\n" + ",\n".join(lines) + "\n}\n"
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(target)
-        except OSError as error:  # of the file that was asked for, not of the one on the way there
-            if error.filename is not None:
-                error.filename, error.filename2 = str(path), None
-            raise
-        finally:
-            partial.unlink(missing_ok=True)
+        _write_checked(Path(path), content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], score: Score | None = None) -> Self:
@@ -259,7 +249,7 @@ class Calibration:
             OSError: If there is no such file, or it cannot be read.
             InputError: If ``score`` is needed and missing, or is another one.
         """
-        content = _read(Path(path))
+        content = _read_checked(Path(path), "calibration", _FORMAT, _VERSION)
         try:
             named = score_from_description(content["score"], score)
         except (KeyError, TypeError) as error:
@@ -381,8 +371,13 @@ def describe_score(score: Score) -> dict[str, Any]:
                 "Make the class a frozen dataclass, or give it a __repr__ that shows all of them"
             )
         return {"name": name, "parameters": {}, "repr": repr(score)}
+    values = {field.name: getattr(score, field.name) for field in fields(cast("Any", score))}
+    parameters = {
+        key: describe_score(value) if hasattr(value, "of_labels") else value
+        for key, value in values.items()
+    }
     try:  # as they will be read back: tuples become lists
-        text = json.dumps(asdict(cast("Any", score)), allow_nan=False, default=_plain)
+        text = json.dumps(parameters, allow_nan=False, default=_plain)
     except (TypeError, ValueError) as error:
         raise InputError(
             f"score must have parameters that JSON can hold to be saved; got {name}: {error}"
@@ -425,7 +420,12 @@ def score_from_description(description: Mapping[str, Any], score: Score | None =
         return score
     if name not in _BUILT_IN:
         raise InputError(f"score must be given: this was made with {call_of(description)}")
-    return cast("Score", _BUILT_IN[name](**description["parameters"]))
+    inner = {  # a score inside a score
+        key: score_from_description(cast("Mapping[str, Any]", value))
+        for key, value in description["parameters"].items()
+        if isinstance(value, Mapping) and name in ("RC3P", "Recalibrated")
+    }
+    return _BUILT_IN[name](**{**description["parameters"], **inner})
 
 
 def call_of(description: Mapping[str, Any]) -> str:
@@ -606,17 +606,35 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _write_checked(path: Path, content: Mapping[str, Any]) -> None:
+    """Write fields and their SHA-256, one per line. Atomic: all of it, or nothing."""
+    fields = {**content, "sha256": _digest(content)}
+    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:  # of the file that was asked for, not of the one on the way there
+        if error.filename is not None:
+            error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read_checked(path: Path, what: str, form: str, version: int) -> dict[str, Any]:
+    """What :func:`_write_checked` wrote, without the SHA-256; one line if it is something else."""
     try:
         content: Any = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # undecodable, no JSON, or absurdly large or deep
-        raise FileError(f"{path} is not a cpseg calibration, or is damaged: {error}") from error
-    if not isinstance(content, dict) or cast("dict[str, Any]", content).get("format") != _FORMAT:
-        raise FileError(f"{path} is not a cpseg calibration")
+        raise FileError(f"{path} is not a cpseg {what}, or is damaged: {error}") from error
+    if not isinstance(content, dict) or cast("dict[str, Any]", content).get("format") != form:
+        raise FileError(f"{path} is not a cpseg {what}")
     fields = cast("dict[str, Any]", content)
-    if fields.get("version") != _VERSION:
+    if fields.get("version") != version:
         raise FileError(
-            f"{path} has version {fields.get('version')}; this cpseg reads version {_VERSION}"
+            f"{path} has version {fields.get('version')}; this cpseg reads version {version}"
         )
     recorded = fields.pop("sha256", None)
     try:

@@ -409,8 +409,12 @@ _Inside = Callable[[Tensor], Tensor]  # labels (N,) to whether each is in its pi
 class _Rule(Protocol):
     """What a filter makes of a block of logits ``(C, N)``: labels and reasons, each ``(N,)``."""
 
-    def by_tests(self, x: Tensor, inside: _Inside) -> tuple[Tensor, Tensor] | None:
-        """From tests of single classes, where a larger logit is never less inside; else None."""
+    def proposed(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The classes that :meth:`by_tests` tests, in order."""
+        ...
+
+    def by_tests(self, x: Tensor, inside: _Inside) -> tuple[Tensor, Tensor]:
+        """From tests of single classes, where a larger logit is never less inside."""
         ...
 
     def by_sets(self, x: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
@@ -466,25 +470,25 @@ class _ForegroundFirst:
 class _AtMostSo:
     k: int
 
-    def by_tests(self, x: Tensor, inside: _Inside) -> tuple[Tensor, Tensor] | None:
-        if self.k > _FEW:
-            return None
-        label, reason = _in_turn((top_class(x),), inside)
-        if len(x) <= self.k:
-            return label, reason
+    def proposed(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The most likely class, and the first that would be one too many, if there is one."""
+        top = following = top_class(x)
         left = torch.ones_like(x, dtype=torch.bool)
-        one_too_many = label
-        for _ in range(self.k):
-            left = left & (torch.arange(len(x), device=x.device)[:, None] != one_too_many)
-            one_too_many = best_of(x, left)
-        return label, torch.where(inside(one_too_many), _TOO_MANY, reason)
+        for _ in range(self.k if self.k < len(x) else 0):
+            left = left & (torch.arange(len(x), device=x.device)[:, None] != following)
+            following = best_of(x, left)
+        return (top, following) if self.k < len(x) else (top,)
+
+    def by_tests(self, x: Tensor, inside: _Inside) -> tuple[Tensor, Tensor]:
+        top, *following = self.proposed(x)
+        label, reason = _in_turn((top,), inside)
+        for one_too_many in following:
+            reason = torch.where(inside(one_too_many), _TOO_MANY, reason)
+        return label, reason
 
     def by_sets(self, x: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
         label, reason = _best(x, member)
         return label, torch.where(member.sum(0, dtype=torch.int32) > self.k, _TOO_MANY, reason)
-
-
-_FEW = 4  # so many times the largest of the rest is found sooner than all classes are scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -504,13 +508,11 @@ class _Decide:
             own = at_class(limit.expand(x.shape), labels)
             return (self.score.label_columns(x, position, labels) <= own) & own.isfinite()
 
-        decided = None
         if self._tests_suffice:
-            decided = self.rule.by_tests(x, inside)
-        if decided is None:
+            label, reason = self.rule.by_tests(x, inside)
+        else:
             member = (self.score.columns(x, position) <= limit) & limit.isfinite()
-            decided = self.rule.by_sets(x, member)
-        label, reason = decided
+            label, reason = self.rule.by_sets(x, member)
         reason = torch.where(
             at_class(limit.expand(x.shape), top_class(x)).isinf(), _STARVED, reason
         )
@@ -553,43 +555,42 @@ def columns_of(mask_filter: _AnyFilter, score: ColumnScore) -> Columns:
     Returns:
         An operation that takes, beside the logits, what :func:`cpseg.predictors.beside_of` gives.
     """
-    match mask_filter:
-        case Argmax():
-            rule: _Rule = _MostLikely()
-        case Top():
-            rule = _TopOnly()
-        case BackgroundPriority():
-            rule = _ForegroundFirst(mask_filter.background)
-        case AtMost():
-            rule = _AtMostSo(mask_filter.k)
-        case Singleton():
-            rule = _AtMostSo(1)
     calibration = mask_filter.calibration
     follows = calibration.score.follows_logits
-    return _Decide(score, follows, calibration.axes, rule, calibration.ignore_index)
+    return _Decide(score, follows, calibration.axes, _rule(mask_filter), calibration.ignore_index)
 
 
-def proposals(mask_filter: Argmax | BackgroundPriority | Top, logits: Tensor) -> tuple[Tensor, ...]:
-    """The classes that a filter tries in turn where one threshold holds for all classes.
+def proposals(mask_filter: _AnyFilter, logits: Tensor) -> tuple[Tensor, ...]:
+    """The classes that a filter tests where one threshold holds for all classes, in order.
 
     Args:
         mask_filter: Its rule counts, its calibration does not.
         logits: Shape ``(B, C, *S)``.
 
     Returns:
-        Labels, each int64 ``(B, *S)``.
+        Labels, each ``(B, *S)``. Of :class:`AtMost` and :class:`Singleton`: the most likely class,
+        and the first that would be one too many, if there are so many.
     """
+    return walk(_Propose(_rule(mask_filter)), logits)
+
+
+def _rule(mask_filter: _AnyFilter) -> _Rule:
     match mask_filter:
+        case Argmax():
+            return _MostLikely()
+        case Top():
+            return _TopOnly()
         case BackgroundPriority():
-            rule: _MostLikely | _ForegroundFirst = _ForegroundFirst(mask_filter.background)
-        case Argmax() | Top():
-            rule = _MostLikely()
-    return walk(_Propose(rule), logits)
+            return _ForegroundFirst(mask_filter.background)
+        case AtMost():
+            return _AtMostSo(mask_filter.k)
+        case Singleton():
+            return _AtMostSo(1)
 
 
 @dataclass(frozen=True, slots=True)
 class _Propose:
-    rule: _MostLikely | _ForegroundFirst
+    rule: _Rule
 
     def __call__(self, x: Tensor, position: Tensor, /, *_: Tensor) -> tuple[Tensor, ...]:
         del position

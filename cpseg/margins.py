@@ -6,15 +6,18 @@ true one. The conformal quantile of these radii is a margin for new images, in a
 dimensions, on the device of the masks.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self, cast, final
 
 import torch
 from torch import Tensor
 
 from cpseg import _checks
-from cpseg.errors import InputError
+from cpseg.calibration import _read_checked, _write_checked
+from cpseg.errors import FileError, InputError
 from cpseg.morphology import dilate, distance_transform
 from cpseg.quantile import conformal_quantile, conformal_rank, level
 
@@ -72,8 +75,8 @@ class Margins:
         With probability at least ``1 - alpha`` over the calibration images and the new one, if
         they are exchangeable: :meth:`outer` holds a share ``tau`` of the true mask, in images
         that have one. And, as a second statement of the same kind: outside :meth:`inner` lies a
-        share ``tau`` of what is not the true mask, in images that have such pixels. Both together
-        hold with probability at least ``1 - 2 * alpha`` in images that have both.
+        share ``tau`` of what is not the true mask, in images that have such pixels. If every image
+        has pixels of both kinds, both hold together with probability at least ``1 - 2 * alpha``.
 
     Attributes:
         outer_radius: In pixels, ``+inf`` where too few images were seen.
@@ -114,6 +117,50 @@ class Margins:
         if self.inner_radius == torch.inf:
             return torch.zeros_like(mask)
         return ~dilate(~mask, self.inner_radius)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a JSON file that :meth:`load` reads back exactly. Atomic: all of it, or nothing."""
+        content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "outer_radius": str(self.outer_radius),
+            "inner_radius": str(self.inner_radius),
+            "alpha": self.alpha,
+            "tau": self.tau,
+            "num_units": list(self.num_units),
+        }
+        _write_checked(Path(path), content)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The margins, exactly as they were saved.
+
+        Raises:
+            FileError: If the file holds no margins, is damaged, or of another version.
+            OSError: If there is no such file, or it cannot be read.
+        """
+        content = _read_checked(Path(path), "margin", _FORMAT, _VERSION)
+        try:
+            outer, inner = content["num_units"]
+            return cls(
+                outer_radius=float(content["outer_radius"]),
+                inner_radius=float(content["inner_radius"]),
+                alpha=float(content["alpha"]),
+                tau=content["tau"],
+                num_units=(int(outer), int(inner)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileError(f"{path} does not hold complete margins: {error}") from error
+
+
+_FORMAT = "cpseg.margins"
+_VERSION = 1
 
 
 @final

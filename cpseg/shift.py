@@ -6,7 +6,7 @@ images. :class:`ExchangeabilityMartingale` watches a stream for a shift that is 
 """
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import exp, inf, isfinite, log
 from typing import Self, cast, final
@@ -196,28 +196,41 @@ class WeightedCalibrator:
         """Forget everything seen; returns the calibrator itself."""
         self.num_classes: int | None = None
         self._units: list[_Unit] = []
+        self._named: dict[int, _Unit] = {}
         self._edges: Tensor | None = None
         self._max_share = torch.zeros(0, dtype=torch.float64)
         return self
 
-    def update(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Self:
-        """See a batch; each entry is a unit.
+    def update(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        unit_ids: Sequence[int] | Tensor | None = None,
+    ) -> Self:
+        """See a batch.
 
         Args:
             logits: Shape ``(B, C, *S)``.
             labels: Integers, ``ignore_index`` where unknown. Shape ``(B, *S)``.
-            weights: Likelihood ratio of each image, at least 0, on any common scale. ``(B,)``.
+            weights: Likelihood ratio of each unit, at least 0, on any common scale: the same for
+                all tiles of a unit. ``(B,)``.
+            unit_ids: The unit of each batch entry, where one unit comes in several: integers, on
+                the CPU if a tensor. Shape ``(B,)``.
 
         Returns:
             The calibrator itself.
 
         Raises:
-            InputError: If shapes do not fit, a weight is negative, NaN or infinite, a label is no
-                class, or logits at a labelled pixel are unusable.
+            InputError: If shapes do not fit, a weight is negative, NaN or infinite, or another
+                than that of the unit's earlier tiles, a label is no class, or logits at a
+                labelled pixel are unusable.
         """
         _checks.check_logits(logits, self.num_classes)
         _checks.check_labels(labels, logits)
         ratio = _weights("weights", weights, len(logits))
+        ids = None if unit_ids is None else _checks.check_ids("unit_ids", unit_ids)
+        self._check_units(ids, ratio.tolist())
         classes = logits.shape[1]
         _checks.check_ignore_index(self.ignore_index, classes)
         limits = self.score.range(classes)
@@ -246,16 +259,43 @@ class WeightedCalibrator:
                 if not bool(seen.any()):
                     continue
                 values, counts = torch.unique(scores[entry][seen], return_counts=True)
-                self._units.append((weight, values.cpu(), counts.cpu()))
+                self._add(None if ids is None else ids[entry], (weight, values.cpu(), counts.cpu()))
                 shares = torch.bincount(labels[entry][seen].long(), minlength=classes).cpu()
                 self._max_share = self._max_share.maximum(shares.double() / int(seen.sum()))
         return self
+
+    def _check_units(self, ids: list[int] | None, weights: list[float]) -> None:
+        if ids is None:
+            return
+        if len(ids) != len(weights):
+            raise InputError(
+                f"unit_ids must have one id per batch entry, {len(weights)}; got {len(ids)}"
+            )
+        known = {unit: held[0] for unit, held in self._named.items()}
+        for unit, weight in zip(ids, weights, strict=True):
+            if known.setdefault(unit, weight) != weight:
+                raise InputError(
+                    f"weights must be the same for all tiles of a unit; got {known[unit]:g} and "
+                    f"{weight:g} for unit {unit}"
+                )
+
+    def _add(self, unit: int | None, part: _Unit) -> None:
+        if unit is None:
+            self._units.append(part)
+            return
+        if unit in self._named:
+            weight, values, counts = self._named[unit]
+            values, index = torch.unique(torch.cat((values, part[1])), return_inverse=True)
+            both = torch.cat((counts, part[2]))
+            part = weight, values, torch.zeros_like(values, dtype=torch.int64)
+            part[2].index_add_(0, index, both)
+        self._named[unit] = part
 
     def merge(self, other: Self) -> Self:
         """Add what another calibrator has seen, which stays as it is.
 
         Args:
-            other: Made with the same arguments.
+            other: Made with the same arguments; a unit may have tiles in both.
 
         Returns:
             The calibrator itself.
@@ -273,11 +313,15 @@ class WeightedCalibrator:
                 f"other must have seen {self.num_classes} classes to be merged; "
                 f"got {other.num_classes}"
             )
+        theirs = list(other._named.items())
+        self._check_units([unit for unit, _ in theirs], [held[0] for _, held in theirs])
         if other.num_classes is not None:
             mine = self._max_share if len(self._max_share) else torch.zeros_like(other._max_share)
             self._max_share = mine.maximum(other._max_share)
             self.num_classes = other.num_classes
         self._units = self._units + other._units
+        for unit, held in theirs:
+            self._add(unit, held)
         return self
 
     def _arguments(self) -> dict[str, object]:
@@ -285,7 +329,8 @@ class WeightedCalibrator:
 
     def state_dict(self) -> dict[str, object]:
         """Everything, as tensors, numbers and strings: ``torch.save`` it, load ``weights_only``."""
-        units = self._ordered()
+        names = sorted(self._named)
+        units = [*self._ordered(self._units), *(self._named[name] for name in names)]
         empty = torch.zeros(0)
         return {
             "kind": type(self).__name__,
@@ -293,6 +338,7 @@ class WeightedCalibrator:
             "score": describe_score(self.score),
             "ignore_index": self.ignore_index,
             "num_classes": self.num_classes,
+            "ids": torch.tensor(names, dtype=torch.int64),
             "weights": torch.tensor([unit[0] for unit in units], dtype=torch.float64),
             "sizes": torch.tensor([len(unit[1]) for unit in units], dtype=torch.int64),
             "scores": torch.cat([empty, *(unit[1] for unit in units)]),
@@ -329,17 +375,21 @@ class WeightedCalibrator:
         sizes = tensors["sizes"].tolist()
         values = torch.split(tensors["scores"], sizes)
         counts = torch.split(tensors["counts"], sizes)
-        made._units = list(zip(tensors["weights"].tolist(), values, counts, strict=True))
+        units: list[_Unit] = list(zip(tensors["weights"].tolist(), values, counts, strict=True))
+        names = tensors["ids"].tolist()
+        made._units = units[: len(units) - len(names)]
+        made._named = dict(zip(names, units[len(made._units) :], strict=True))
         made._max_share = tensors["max_share"].clone()
         return made
 
-    def _ordered(self) -> list[_Unit]:
+    @staticmethod
+    def _ordered(units: list[_Unit]) -> list[_Unit]:
         """Units in an order that does not depend on how they came."""
 
         def key(unit: _Unit) -> tuple[float, bytes, bytes]:
             return unit[0], unit[1].numpy().tobytes(), unit[2].numpy().tobytes()
 
-        return sorted(self._units, key=key)
+        return sorted(units, key=key)
 
     def compute(self, alpha: float) -> WeightedCalibration:
         """Weighted scores for a level; the state stays as it is.
@@ -354,7 +404,7 @@ class WeightedCalibrator:
             InputError: If nothing was seen, or all weights are 0.
         """
         _checks.check_alpha(alpha)
-        units = self._ordered()
+        units = self._ordered([*self._units, *self._named.values()])
         weights = torch.tensor([unit[0] for unit in units], dtype=torch.float64)
         if not len(units) or float(weights.sum()) <= 0:
             raise InputError(

@@ -1,6 +1,7 @@
 """Radii against growing masks step by step, and what margins promise over draws."""
 
 from math import ceil, inf, isnan
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from scipy.stats import binom
 from torch import Tensor
 
 from cpseg import merge_all
-from cpseg.errors import InputError
+from cpseg.errors import FileError, InputError
 from cpseg.margins import MarginCalibrator, Margins, needed_radius
 from cpseg.morphology import dilate, erode
 
@@ -100,3 +101,26 @@ def test_the_outer_mask_holds_its_share_as_often_as_stated() -> None:
         margins = MarginCalibrator(0.9)._add(chosen[:24], chosen[:24]).compute(0.2)
         lost += float(chosen[24]) > margins.outer_radius
     assert 0 < lost <= binom.ppf(0.9999, 2000, 0.2)
+
+
+def test_margins_are_read_back_exactly_and_damage_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "margins.json"
+    for margins in (
+        Margins(2.0**0.5, 0.0, 0.1, 0.95, (12, 9)),
+        Margins(torch.inf, 1.0 / 3, 0.05, 1, (3, 40)),
+    ):
+        margins.save(path)
+        assert Margins.load(path) == margins
+    text = path.read_text("utf-8")
+    for damaged, told in (
+        (text.replace("0.05", "0.06"), "is damaged: its content does not match its SHA-256"),
+        (text[:40], "is not a cpseg margin, or is damaged"),
+        (text.replace("cpseg.margins", "cpseg.calibration"), "is not a cpseg margin"),
+        (text.replace('"version": 1', '"version": 2'), "has version 2; this cpseg reads version 1"),
+    ):
+        path.write_text(damaged, "utf-8")
+        with pytest.raises(FileError, match=told) as caught:
+            Margins.load(path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(OSError, match="missing"):
+        Margins.load(tmp_path / "missing.json")

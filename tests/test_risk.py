@@ -45,9 +45,9 @@ from cpseg.risk import (
     SetRisk,
     Start,
     WorstFalseNegativeRate,
-    _trial,
     threshold_grid,
 )
+from cpseg.risk._rules import trial as make_trial
 
 C = 3
 GRID = torch.tensor([0.0, 0.1, 0.25, 0.5, 0.9, 1.0])
@@ -62,7 +62,7 @@ def scene(seed: int, batch: int = 5, shape: tuple[int, ...] = (3, 4)) -> tuple[T
 
 
 def trial(threshold: float, axes: tuple[str, ...] = (), score: Score | None = None) -> Calibration:
-    return _trial(torch.full((C,) if axes else (1,), threshold), axes, score or LAC(), C, 255)
+    return make_trial(torch.full((C,) if axes else (1,), threshold), axes, score or LAC(), C, 255)
 
 
 def losses_of(risk: Risk, logits: Tensor, labels: Tensor, alpha: float, **more: Any) -> Any:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 from torch import Tensor
 
-from cpseg import APS, LAC, Argmax, Calibration, PixelSetPredictor, SplitCalibrator
+from cpseg import APS, LAC, Argmax, Calibration, PixelSetPredictor, SplitCalibrator, merge_all
 from cpseg.errors import InputError
 from cpseg.shift import AdaptiveLevel, ExchangeabilityMartingale, WeightedCalibrator
 
@@ -105,6 +105,42 @@ def test_merges_in_any_order_agree_and_states_come_back() -> None:
     again = WeightedCalibrator.from_state_dict(merged.state_dict())
     assert torch.equal(again.compute(0.2).above, whole.compute(0.2).above)
     assert first.reset().num_classes is None
+
+
+def test_tiles_of_a_unit_are_one_image_whatever_their_order_and_split() -> None:
+    logits, labels = images(12, 5, pixels=8)
+    logits = logits.round()  # so that tiles share scores
+    weights = torch.linspace(0.5, 2, 12)
+    whole = WeightedCalibrator().update(logits, labels, weights).compute(0.2)
+    left = WeightedCalibrator().update(logits[..., :3], labels[:, :3], weights, range(12))
+    right = WeightedCalibrator()
+    for i in reversed(range(12)):
+        part = slice(i, i + 1)
+        right.update(logits[part, :, 3:], labels[part, 3:], weights[part], torch.tensor([i]))
+    merged = merge_all([right, left])
+    again = WeightedCalibrator.from_state_dict(merged.state_dict())
+    assert merge_all([left, right]).state_dict()["ids"].tolist() == list(range(12))  # type: ignore[attr-defined]
+    for tiled in (merged.compute(0.2), again.compute(0.2), merge_all([left, right]).compute(0.2)):
+        new = torch.tensor([0.0, 1.0, 3.0])
+        assert torch.equal(tiled.thresholds(new), whole.thresholds(new))
+        assert len(tiled.weights) == 12
+    apart = WeightedCalibrator().update(logits[..., :3], labels[:, :3], weights)
+    apart.update(logits[..., 3:], labels[:, 3:], weights)
+    assert len(apart.compute(0.2).weights) == 24
+
+
+def test_tiles_with_another_weight_are_refused_and_change_nothing() -> None:
+    logits, labels = images(2, 6)
+    held = WeightedCalibrator().update(logits[:1], labels[:1], torch.ones(1), [7])
+    before = held.compute(0.6).above
+    with pytest.raises(InputError, match="got 1 and 2 for unit 7"):
+        held.update(logits, labels, torch.tensor([1.0, 2.0]), [3, 7])
+    with pytest.raises(InputError, match="unit_ids must have one id per batch entry, 2; got 1"):
+        held.update(logits, labels, torch.ones(2), [7])
+    other = WeightedCalibrator().update(logits[1:], labels[1:], torch.full((1,), 2.0), [7])
+    with pytest.raises(InputError, match="got 1 and 2 for unit 7"):
+        held.merge(other)
+    assert torch.equal(held.compute(0.6).above, before)
 
 
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
