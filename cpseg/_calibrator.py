@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
-from cpseg.accumulate import Evidence, Exact, Histogram, count, cuts, upward
+from cpseg.accumulate import (
+    Evidence,
+    Exact,
+    ExactScale,
+    Histogram,
+    HistogramScale,
+    count,
+    cuts,
+    upward,
+)
 from cpseg.calibration import Calibration, call_of, describe_score, score_from_description
 from cpseg.errors import CpsegError, InputError, StateError
 from cpseg.protocols import Score
@@ -163,46 +172,56 @@ class AnyCalibrator:
         _checks.check_ignore_index(self.ignore_index, classes)
         # State made inside a caller's inference mode could not be added to outside it.
         with torch.inference_mode(mode=False), torch.no_grad():
-            near = (labels[:, None],)
-            scores, marks = score_columns(_Scored, self.score, logits, near, compiled=self.compiled)
+            scales = self._scales(classes)
+            cells, *pooled_cells, marks = score_columns(
+                lambda score: _Scored(score, scales),
+                self.score,
+                logits,
+                (labels[:, None],),
+                compiled=self.compiled,
+            )
             # From here on nothing is refused. If it is interrupted, nothing is computed from half.
             self._torn = True
             own, pooled = self._evidence(classes, logits.device)
             self._open.update(ids or ())
             home = own.num_units.device  # where the first batch was, or the state loaded
-            rows = rows.to(home).expand(batch, *space).reshape(batch, -1)
-            flat, scores, marks = (
-                part.to(home).reshape(batch, -1) for part in (labels, scores, marks)
+            flat, cells, marks = (
+                part.to(home).reshape(batch, -1) for part in (labels, cells, marks)
             )
-            valid = self._judge(flat, rows, scores, marks)
-            own.add(scores, rows, valid, ids)
+            rows = rows.to(home).expand(batch, *space).reshape(batch, -1)
+            valid = self._judge(flat, rows, cells, marks)
+            own.add(cells, rows, valid, ids)
             if pooled is not own:
-                pooled.add(scores, torch.zeros_like(rows[:1, :1]).expand(rows.shape), valid, ids)
+                beside = pooled_cells[0].to(home).reshape(batch, -1) if pooled_cells else cells
+                pooled.add(beside, rows, valid, ids)
         self._anonymous += batch if ids is None else 0
         self._torn = False
         return self
 
-    def _judge(self, labels: Tensor, rows: Tensor, scores: Tensor, marks: Tensor) -> Tensor:
+    def _judge(self, labels: Tensor, rows: Tensor, cells: Tensor, marks: Tensor) -> Tensor:
         """Which pixels count, having taken note of the others, of shares and of the data itself.
 
         All ``(B, N)``; a part of the pixels at a time, so that what is made on the way is small.
         """
         batch, size = labels.shape
         classes = len(self._max_share)
-        store = self._both()[0].store
+        rows_held = self._both()[0].store.rows
         valid = torch.empty((batch, size), dtype=torch.bool, device=labels.device)
         entry = torch.arange(batch, device=labels.device)[:, None] * classes
         pixels = torch.zeros(batch * classes + 1, dtype=torch.int64, device=labels.device)
         for part in cuts(batch, size, labels.device):
-            label, row, score = labels[:, part].long(), rows[:, part].long(), scores[:, part]
+            label, row, cell = labels[:, part].long(), rows[:, part].long(), cells[:, part]
             labelled = label != self.ignore_index
             known = labelled & (label >= 0) & (label < classes)
-            usable = known & ~score.isnan()
-            fits = usable & store.fits(score)
-            placed = (row >= 0) & (row < store.rows)
-            faulty = (labelled & ~known, known & ~usable, usable & ~fits, known & ~placed)
+            placed = (row >= 0) & (row < rows_held)
+            faulty = (
+                labelled & ~known,
+                known & (cell == _UNUSABLE),
+                known & (cell == _BEYOND),
+                known & ~placed,
+            )
             self._faults += torch.stack([fault.sum() for fault in faulty])
-            counts = fits & placed
+            counts = known & (cell >= 0) & placed
             valid[:, part] = counts
             count(pixels, torch.where(counts, label + entry, batch * classes))
             # Order-free: a wrapped sum over the pixels.
@@ -259,13 +278,22 @@ class AnyCalibrator:
             self._seen = own, own if rows == 1 else self._empty(1, None, device)
         return self._seen
 
+    def _scales(self, classes: int) -> tuple[HistogramScale | ExactScale, ...]:
+        """What scores are remembered as: per row, and pooled if that differs."""
+        limits = self.score.range(classes)
+        pooled: HistogramScale | ExactScale = ExactScale()
+        if self.store == "histogram" and limits is not None:
+            pooled = HistogramScale(*limits)
+        own = ExactScale() if self._tail_alpha is not None else pooled
+        return (own,) if own == pooled or prod(self._shape) == 1 else (own, pooled)
+
     def _empty(self, rows: int, tail: int | None, device: torch.device) -> Evidence:
         held: Histogram | Exact
-        limits = self.score.range(cast("int", self.num_classes))
-        if tail is not None or self.store == "exact" or limits is None:
-            held = Exact(rows, tail, device)
+        scale = self._scales(cast("int", self.num_classes))[0 if tail is not None else -1]
+        if isinstance(scale, HistogramScale):
+            held = Histogram(rows, scale.low, scale.high, device)
         else:
-            held = Histogram(rows, *limits, device)
+            held = Exact(rows, tail, device)
         return Evidence(held, by_unit=self.unit == "image", device=device)
 
     # --- the accumulator's algebra ---
@@ -624,18 +652,25 @@ def check_origin(name: str, fitted_on: Origin, calibrator: AnyCalibrator) -> Non
         )
 
 
+_UNUSABLE, _BEYOND = -1, -2  # in place of a cell: no score, or one outside the declared range
+
+
 @dataclass(frozen=True, slots=True)
 class _Scored:
-    """Each label's score, NaN where it is no class, and a hash of what it was computed from."""
+    """The cells of each label's score, and a hash of what it was computed from."""
 
     score: ColumnScore
+    scales: tuple[HistogramScale | ExactScale, ...]
 
     def __call__(self, x: Tensor, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
         labels = beside[0][0]
         known = (labels >= 0) & (labels < len(x))
         clean = labels * known
         scores = upward(self.score.label_columns(x, position, clean))
-        return torch.where(known, scores, torch.nan), _mark(clean, at_class(x, clean))
+        own, *others = (scale.cells(scores) for scale in self.scales)
+        own = torch.where(self.scales[0].fits(scores), own, _BEYOND)
+        own = torch.where(scores.isnan(), _UNUSABLE, own)
+        return own, *others, _mark(clean, at_class(x, clean))
 
 
 def _mark(labels: Tensor, logits: Tensor) -> Tensor:

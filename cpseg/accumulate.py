@@ -11,6 +11,7 @@ All state is int64, so any order of updates and merges gives the identical state
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import index
 from typing import Any, Protocol, Self, TypeVar, cast, final
 
@@ -54,6 +55,65 @@ def _unordered(cells: Tensor) -> Tensor:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class HistogramScale:
+    """Which cell a score belongs to; elementwise, so that it joins the kernel that scores.
+
+    Attributes:
+        low: Least score.
+        high: Largest finite score.
+    """
+
+    low: float
+    high: float
+    half: float = field(init=False)
+    least: float = field(init=False)
+    first: int = field(init=False)
+    num_cells: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        half = float(np.float32(self.high) - np.float32(self.low)) / 2
+        if not 0 < half < torch.inf:
+            raise InputError(
+                f"a histogram needs a finite range with low < high; got [{self.low}, {self.high}]. "
+                'Use store="exact" for scores without one'
+            )
+        least = half * 2.0**-23
+        ends = np.array([least, half], dtype=np.float32)
+        first, last = (ends.view(np.int32) >> _DROPPED).tolist()
+        fixed = {"half": half, "least": least, "first": first}
+        # Both sides, and +inf.
+        for name, value in {**fixed, "num_cells": 2 * (last - first + 1) + 1}.items():
+            object.__setattr__(self, name, value)
+
+    def fits(self, scores: Tensor) -> Tensor:
+        """Whether each float32 score is in range, or ``+inf``. Bool."""
+        return ((scores >= self.low) & (scores <= self.high)) | (scores == torch.inf)
+
+    def cells(self, scores: Tensor) -> Tensor:
+        """The cell of each float32 score, anything for NaN. int32."""
+        below, above = scores - self.low, self.high - scores
+        rising = _mantissa(below.clamp(self.least, self.half)) - self.first
+        falling = self.num_cells - 2 - _mantissa(above.clamp(self.least, self.half)) + self.first
+        cells = torch.where(below <= above, rising, falling)
+        return torch.where(scores == torch.inf, self.num_cells - 1, cells)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ExactScale:
+    """A cell for every float32."""
+
+    def fits(self, scores: Tensor) -> Tensor:
+        """Any score but NaN and ``-inf``. Bool."""
+        return scores > -torch.inf
+
+    def cells(self, scores: Tensor) -> Tensor:
+        """The bits of each float32 score, in order. int64."""
+        return _ordered(scores)
+
+
+@final
 class Histogram:
     """Certified histogram: bounded memory, thresholds rounded outward by at most 0.1 %.
 
@@ -85,34 +145,20 @@ class Histogram:
     def __init__(
         self, rows: int, low: float, high: float, device: torch.device | str = "cpu"
     ) -> None:
-        span = np.float32(high) - np.float32(low)
-        if not (0 < float(span) < torch.inf):
-            raise InputError(
-                f"a histogram needs a finite range with low < high; got [{low}, {high}]. "
-                'Use store="exact" for scores without one'
-            )
+        self.scale: HistogramScale = HistogramScale(low, high)
         self.rows: int = rows
         self.low: float = low
         self.high: float = high
-        self._half = float(span) / 2
-        self._least = self._half * 2.0**-23
-        ends = np.array([self._least, self._half], dtype=np.float32)
-        self._first, last = (ends.view(np.int32) >> _DROPPED).tolist()
-        side = last - self._first + 1
-        self.num_cells: int = 2 * side + 1  # both sides, and +inf
+        self.num_cells: int = self.scale.num_cells
         self.mass: Tensor = torch.zeros(rows * self.num_cells + 1, dtype=torch.int64, device=device)
 
     def fits(self, scores: Tensor) -> Tensor:
         """Whether each float32 score can be remembered: in range, or ``+inf``. Bool."""
-        return ((scores >= self.low) & (scores <= self.high)) | (scores == torch.inf)
+        return self.scale.fits(scores)
 
     def cells(self, scores: Tensor) -> Tensor:
         """The cell of each float32 score; a larger score never has a smaller cell. int64."""
-        below, above = scores - self.low, self.high - scores
-        rising = _mantissa(below.clamp(self._least, self._half)) - self._first
-        falling = self.num_cells - 2 - _mantissa(above.clamp(self._least, self._half)) + self._first
-        cells = torch.where(below <= above, rising, falling)
-        return torch.where(scores == torch.inf, self.num_cells - 1, cells).long()
+        return self.scale.cells(scores).long()
 
     def edges(self, cells: Tensor) -> Tensor:
         """The largest float32 of each of these cells, by bisection on :meth:`cells`.
@@ -208,6 +254,7 @@ class Exact:
     """
 
     num_cells: int = 2**32
+    scale: ExactScale = ExactScale()
 
     def __init__(
         self, rows: int, tail: int | None = None, device: torch.device | str = "cpu"
@@ -221,11 +268,11 @@ class Exact:
 
     def fits(self, scores: Tensor) -> Tensor:
         """Whether each float32 score can be remembered: any but NaN and ``-inf``. Bool."""
-        return scores > -torch.inf
+        return self.scale.fits(scores)
 
     def cells(self, scores: Tensor) -> Tensor:
         """The cell of each float32 score: its bits in order. int64."""
-        return _ordered(scores)
+        return self.scale.cells(scores)
 
     def add(self, keys: Tensor, mass: Tensor) -> None:
         """Add mass at ``keys = row * num_cells + cell``; the key past the last is thrown away."""
@@ -319,37 +366,50 @@ class Evidence:
         return sorted(self._open)
 
     def add(
-        self, scores: Tensor, rows: Tensor, valid: Tensor, unit_ids: Sequence[int] | None
+        self, cells: Tensor, rows: Tensor, valid: Tensor, unit_ids: Sequence[int] | None
     ) -> None:
         """Add one batch.
 
         Args:
-            scores: float32 scores of the labels. Shape ``(B, N)``.
+            cells: Cells of the labels' scores, anything where not valid. Shape ``(B, N)``.
             rows: int64 row of each pixel, anything where not valid. Shape ``(B, N)``.
             valid: Which pixels count. Bool ``(B, N)``.
             unit_ids: The unit of each batch entry, which stays open; None: each is one unit.
         """
         if unit_ids is not None:
-            for held, unit in zip(self._keys(scores, rows, valid), unit_ids, strict=True):
+            for held, unit in zip(self._keys(cells, rows, valid), unit_ids, strict=True):
                 self._hold(unit, *torch.unique(held, return_counts=True))
             return
-        batch, size = scores.shape
+        batch, size = cells.shape
+        pixels = self._pixels(rows, valid)
+        self._count(pixels)
+        share = _share(pixels) if self.by_unit else torch.ones_like(pixels)
+        entry = torch.arange(batch, device=rows.device)[:, None] * self.store.rows
+        for part in cuts(batch, size, rows.device):
+            keys = self._keys(cells[:, part], rows[:, part], valid[:, part])
+            if self.store.rows == 1:
+                self.store.add(keys, share.expand(keys.shape))
+            else:
+                row = torch.where(valid[:, part], rows[:, part], 0)
+                self.store.add(keys, share.view(-1)[row + entry])
+
+    def _pixels(self, rows: Tensor, valid: Tensor) -> Tensor:
+        """How many valid pixels each entry has in each row. int64 ``(B, R)``."""
+        batch, size = valid.shape
+        if self.store.rows == 1:
+            return valid.sum(1, keepdim=True)
         entry = torch.arange(batch, device=rows.device)[:, None] * self.store.rows
         nowhere = batch * self.store.rows
         held = torch.zeros(nowhere + 1, dtype=torch.int64, device=rows.device)
         for part in cuts(batch, size, rows.device):
             count(held, torch.where(valid[:, part], rows[:, part].long() + entry, nowhere))
-        pixels = held[:-1].view(batch, -1)
-        self._count(pixels)
-        share = (_share(pixels) if self.by_unit else torch.ones_like(pixels)).view(-1)
-        for part in cuts(batch, size, rows.device):
-            row = torch.where(valid[:, part], rows[:, part].long(), 0)
-            keys = self._keys(scores[:, part], row, valid[:, part])
-            self.store.add(keys, share[row + entry])
+        return held[:-1].view(batch, -1)
 
-    def _keys(self, scores: Tensor, rows: Tensor, valid: Tensor) -> Tensor:
+    def _keys(self, cells: Tensor, rows: Tensor, valid: Tensor) -> Tensor:
         nowhere = self.store.rows * self.store.num_cells
-        keys = rows.long() * self.store.num_cells + self.store.cells(scores)
+        keys = cells.long()
+        if self.store.rows > 1:
+            keys = keys + rows.long() * self.store.num_cells
         return torch.where(valid, keys, nowhere)
 
     def _hold(self, unit: int, keys: Tensor, counts: Tensor) -> None:

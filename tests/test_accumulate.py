@@ -155,9 +155,7 @@ def test_counts_beyond_float32_are_exact(kind: str) -> None:
     cell = store.cells(torch.tensor([0.5]))
     store.add(cell, torch.tensor([2**53]))
     for _ in range(3):
-        evidence.add(
-            torch.tensor([[0.5]]), torch.tensor([[0]]), torch.tensor([[True]]), unit_ids=None
-        )
+        evidence.add(cell.view(1, 1), torch.tensor([[0]]), torch.tensor([[True]]), unit_ids=None)
     assert evidence.num_units.tolist() == [many + 3, many]
     assert evidence.num_pixels.tolist() == [many + 3, many]
     mass = "mass" if kind == "exact" else "mass+"
@@ -176,7 +174,8 @@ def test_ranks_are_those_of_the_decimal(n: int, *, by_unit: bool) -> None:
     # 99 percentages, where binary arithmetic is off by one for many.
     evidence = Evidence(Exact(1), by_unit=by_unit, device="cpu")
     scores = torch.arange(1.0, n + 1)[:, None]
-    evidence.add(scores, torch.zeros(n, 1).long(), scores > 0, unit_ids=None)
+    cells = evidence.store.cells(scores)
+    evidence.add(cells, torch.zeros(n, 1).long(), scores > 0, unit_ids=None)
     for percent in range(1, 100):
         rank = -(-(n + 1) * (100 - percent) // 100)
         assert evidence.quantiles([percent / 100]).tolist() == [rank if rank <= n else math.inf]
@@ -202,7 +201,8 @@ def test_masses_are_rounded_up() -> None:
     for pixels in (1, 3, 7, 1000, 2048 * 1024 - 1):
         evidence = Evidence(Exact(1), by_unit=True, device="cpu")
         zeros = torch.zeros(1, pixels)
-        evidence.add(zeros, zeros.long(), zeros == 0, unit_ids=None)
+        cells = evidence.store.cells(zeros)
+        evidence.add(cells, zeros.long(), zeros == 0, unit_ids=None)
         assert int(evidence.state()["mass"].sum()) == -(-UNIT_MASS // pixels) * pixels >= UNIT_MASS
 
 

@@ -78,7 +78,7 @@ FIXED = {
 
 # Names without an underscore that __all__ leaves out on purpose: for this package alone.
 UNLISTED = {
-    "cpseg.accumulate": {"count", "cuts", "upward"},
+    "cpseg.accumulate": {"ExactScale", "HistogramScale", "count", "cuts", "upward"},
     "cpseg.calibration": {"call_of", "describe_score", "score_from_description"},
     "cpseg.filters": {"best_of", "columns_of", "proposals", "rule_of"},
     "cpseg.predictors": {

@@ -65,7 +65,8 @@ def thresholds(
     draws = scores.shape[1]
     evidence = Evidence(Exact(draws * rows), by_unit=by_unit, device="cpu")
     row = row + torch.arange(draws)[:, None] * rows
-    evidence.add(scores.flatten(1), row.flatten(1), valid.flatten(1), None)
+    cells = evidence.store.cells(scores.flatten(1))
+    evidence.add(cells, row.flatten(1), valid.flatten(1), None)
     found = evidence.quantiles([alpha] * (draws * rows)).view(draws, rows)
     return found, evidence.num_units.view(draws, rows)
 
