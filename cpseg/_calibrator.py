@@ -174,7 +174,7 @@ class AnyCalibrator:
         with torch.inference_mode(mode=False), torch.no_grad():
             scales = self._scales(classes)
             cells, *pooled_cells, marks = score_columns(
-                lambda score: _Scored(score, scales),
+                lambda score: _Scored(score, scales, self.ignore_index),
                 self.score,
                 logits,
                 (labels[:, None],),
@@ -210,20 +210,18 @@ class AnyCalibrator:
         entry = torch.arange(batch, device=labels.device)[:, None] * classes
         pixels = torch.zeros(batch * classes + 1, dtype=torch.int64, device=labels.device)
         for part in cuts(batch, size, labels.device):
-            label, row, cell = labels[:, part].long(), rows[:, part].long(), cells[:, part]
-            labelled = label != self.ignore_index
-            known = labelled & (label >= 0) & (label < classes)
-            placed = (row >= 0) & (row < rows_held)
-            faulty = (
-                labelled & ~known,
-                known & (cell == _UNUSABLE),
-                known & (cell == _BEYOND),
-                known & ~placed,
-            )
-            self._faults += torch.stack([fault.sum() for fault in faulty])
-            counts = known & (cell >= 0) & placed
+            cell = cells[:, part]
+            counts = cell >= 0
+            if "group" in self.axes:  # any other row is there if the label is a class
+                row = rows[:, part]
+                placed = (row >= 0) & (row < rows_held)
+                self._faults[-1] += ((cell > _UNKNOWN) & ~placed).sum()
+                counts &= placed
+            for fault, code in enumerate((_UNKNOWN, _UNUSABLE, _BEYOND)):
+                self._faults[fault] += (cell == code).sum()
             valid[:, part] = counts
-            count(pixels, torch.where(counts, label + entry, batch * classes))
+            label = torch.where(counts, labels[:, part], 0).long() + entry
+            count(pixels, torch.where(counts, label, batch * classes))
             # Order-free: a wrapped sum over the pixels.
             self._checksum += torch.stack((counts.sum(), (marks[:, part].long() * counts).sum()))
         # Of all its pixels, void ones too: a nearly void image must not make a share of 1 plausible.
@@ -652,7 +650,8 @@ def check_origin(name: str, fitted_on: Origin, calibrator: AnyCalibrator) -> Non
         )
 
 
-_UNUSABLE, _BEYOND = -1, -2  # in place of a cell: no score, or one outside the declared range
+# In place of a cell: no score, one outside the declared range, a label that is no class, no label.
+_UNUSABLE, _BEYOND, _UNKNOWN, _IGNORED = -1, -2, -3, -4
 
 
 @dataclass(frozen=True, slots=True)
@@ -661,6 +660,7 @@ class _Scored:
 
     score: ColumnScore
     scales: tuple[HistogramScale | ExactScale, ...]
+    ignore_index: int
 
     def __call__(self, x: Tensor, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
         labels = beside[0][0]
@@ -670,6 +670,8 @@ class _Scored:
         own, *others = (scale.cells(scores) for scale in self.scales)
         own = torch.where(self.scales[0].fits(scores), own, _BEYOND)
         own = torch.where(scores.isnan(), _UNUSABLE, own)
+        missing = torch.where(labels == self.ignore_index, _IGNORED, _UNKNOWN)
+        own = torch.where(known, own, missing)
         return own, *others, _mark(clean, at_class(x, clean))
 
 
