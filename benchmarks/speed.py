@@ -151,6 +151,8 @@ def loaded() -> types.ModuleType | None:
     """TorchCP, with empty modules for what it imports and does not use here."""
     if find_spec("torchcp") is None:
         return None
+    if "torchcp" in sys.modules:
+        return sys.modules["torchcp"]
     heavy = {"torchsort", "torch_geometric", "transformers", "torchvision"}
     packages = {name.split(".")[0] for name in UNUSED} - sys.modules.keys()
     missing = {package for package in packages if package in heavy or find_spec(package) is None}

@@ -28,7 +28,8 @@ from cpseg import (
     LocationCalibrator,
     Singleton,
 )
-from cpseg.annotators.cache import CachedAnnotator
+from cpseg.annotators.cache import CachedAnnotator, FilteredAgain
+from cpseg.annotators.source import check_source
 from cpseg.errors import FileError, InputError
 from cpseg.filters import Top
 
@@ -254,17 +255,18 @@ def test_a_label_of_the_compact_form_is_that_of_the_full_one_or_abstains(
         assert found.unsettled == 0
 
 
-def lac(thresholds: list[float]) -> Calibration:
+def lac(thresholds: list[float], source: str) -> Calibration:
     """LAC's thresholds for each class as they stand."""
     batch = torch.zeros(4, CLASSES, 2)
-    calibrator = ClassConditionalCalibrator(CLASSES).update(batch, torch.zeros(4, 2).long())
+    calibrator = ClassConditionalCalibrator(CLASSES, source=source)
+    calibrator.update(batch, torch.zeros(4, 2).long())
     frozen = calibrator.compute(alpha=0.4)
     object.__setattr__(frozen, "thresholds", torch.tensor(thresholds))
     return frozen
 
 
-def at_most(thresholds: list[float], k: int) -> AtMost:
-    return AtMost(lac(thresholds), k)
+def at_most(thresholds: list[float], k: int, source: str) -> AtMost:
+    return AtMost(lac(thresholds, source), k)
 
 
 RULES: list[Callable[[Calibration], Callable[[Tensor], Tensor]]] = [
@@ -300,11 +302,11 @@ def test_every_filter_of_ours_says_on_a_compact_cache_what_it_says_on_all_classe
 ) -> None:
     seed, sharpness = look
     batch, model = images(1, 4, 5, seed), Model(sharpness)
-    keep = rule(lac(thresholds))
     with tempfile.TemporaryDirectory() as folder:
         whole = CachedAnnotator(f"{folder}/full", model)(batch)
         compact = f"{folder}/compact"
         cache = CachedAnnotator(compact, model, best=best, background=background)
+        keep = rule(lac(thresholds, cache.source))
         found = cache.filter_again(batch, keep)
     # The two forms round differently: a score beside its threshold is no evidence.
     limit = torch.tensor(thresholds).reshape(1, -1, 1, 1)
@@ -331,11 +333,12 @@ def test_a_filter_that_counts_is_exact_on_what_the_compact_form_settles(
 ) -> None:
     seed, sharpness = look
     batch = images(1, 4, 5, seed)
-    counts, model = at_most(thresholds, k), Model(sharpness)
+    model = Model(sharpness)
     with tempfile.TemporaryDirectory() as folder:
         whole = CachedAnnotator(f"{folder}/full", model)(batch)
         compact = f"{folder}/compact"
         cache = CachedAnnotator(compact, model, best=best, background=background)
+        counts = at_most(thresholds, k, cache.source)
         found = cache.filter_again(batch, counts)
     answer = counts(whole)
     # The two forms round differently: a score beside its threshold is no evidence.
@@ -376,15 +379,19 @@ def test_several_absent_classes_that_fit_together_are_counted_together(tmp_path:
         return shares.log()[None, :, None, None].expand(len(batch), -1, 5, 7)
 
     cache = CachedAnnotator(tmp_path, flat, source="flat", best=1)
-    crowded = cache.filter_again(images(1), at_most([0.6, 0.86, 0.86, 0.9, 0.0, 0.0], 2))
+
+    def again(thresholds: list[float], k: int) -> FilteredAgain:
+        return cache.filter_again(images(1), at_most(thresholds, k, cache.source))
+
+    crowded = again([0.6, 0.86, 0.86, 0.9, 0.0, 0.0], 2)
     assert crowded.unsettled == 35  # 0.14 each of the 0.45 that is left: three fit at once
-    roomy = cache.filter_again(images(1), at_most([0.6, 0.7, 0.7, 0.7, 0.0, 0.0], 2))
+    roomy = again([0.6, 0.7, 0.7, 0.7, 0.0, 0.0], 2)
     assert roomy.unsettled == 0  # 0.3 each: one fits
     assert bool((roomy.labels == 0).all())
     # Enough room for all: who is in the set changes nothing.
-    assert cache.filter_again(images(1), at_most([0.6] + [0.86] * 5, 6)).unsettled == 0
+    assert again([0.6] + [0.86] * 5, 6).unsettled == 0
     starved = [0.6, float("inf"), float("inf"), float("inf"), 0.0, 0.0]
-    assert cache.filter_again(images(1), at_most(starved, 1)).unsettled == 0  # never counted
+    assert again(starved, 1).unsettled == 0  # never counted
 
 
 def test_a_filter_with_one_threshold_per_place_reads_a_compact_cache(tmp_path: Path) -> None:
@@ -401,7 +408,7 @@ def test_abstention_is_the_calibrations_own_mark(tmp_path: Path) -> None:
         return torch.zeros(len(batch), CLASSES, 5, 7)
 
     cache = CachedAnnotator(tmp_path, flat, source="flat", best=1)
-    counts = at_most([0.9] * CLASSES, 1)
+    counts = at_most([0.9] * CLASSES, 1, cache.source)
     object.__setattr__(counts.calibration, "ignore_index", -1)
     found = cache.filter_again(images(1), counts)
     assert found.unsettled == 35
@@ -511,7 +518,10 @@ def test_a_calibration_made_through_the_cache_serves_it_and_no_other_road(tmp_pa
     assert cache.filter_again(batch, Argmax(calibration)).unsettled == 0
     with pytest.raises(InputError, match="best 3, background 0 here and float16, all classes"):
         compact.filter_again(batch, Argmax(calibration))
-    object.__setattr__(calibration, "source", None)  # as if nobody had noted it
+    object.__setattr__(calibration, "source", None)
+    with pytest.raises(InputError, match="it names no source"):
+        cache.filter_again(batch, Argmax(calibration))
+    object.__setattr__(calibration, "source", compact.source)
     found = compact.filter_again(batch, BackgroundPriority(calibration, background=0))
     whole = BackgroundPriority(calibration, background=0)(cache(batch))
     assert found.labels.dtype == whole.dtype
@@ -520,3 +530,36 @@ def test_a_calibration_made_through_the_cache_serves_it_and_no_other_road(tmp_pa
     differs = (found.labels != whole) & (gap.abs() > 2e-3).all(1)
     assert bool((found.labels[differs] == 255).all())
     assert int(differs.sum()) <= found.unsettled
+
+
+def test_a_live_annotator_refuses_what_was_made_through_its_cache_and_the_other_way_round(
+    tmp_path: Path,
+) -> None:
+    live = Model()
+    cache = CachedAnnotator(tmp_path, live)
+    for here, there in ((live, cache), (cache, live)):
+        calibrator = ClassConditionalCalibrator(num_classes=CLASSES, source=here.source)
+        calibration = calibrator.update(here(images()), here(images()).argmax(1)).compute(alpha=0.5)
+        for thresholds in (calibrator, calibration):
+            check_source(here, thresholds)
+            with pytest.raises(InputError, match=r"cache is .* here and .* there\. Calibrate on"):
+                check_source(there, thresholds)
+    with pytest.raises(InputError, match="it names no source"):
+        check_source(live, ClassConditionalCalibrator(num_classes=CLASSES))
+    with pytest.raises(InputError, match="it is None"):
+        check_source(Calibrated(None), Calibrated(None))
+    with pytest.raises(InputError, match=r"calibration must have a \.source; got Argmax"):
+        check_source(live, Argmax(calibration))  # type: ignore[arg-type]
+
+
+def test_what_is_no_cache_no_annotator_and_no_filter_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="folder must be a path; got NoneType"):
+        CachedAnnotator(None, Model())  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="annotator must be a function of images; got str"):
+        CachedAnnotator(tmp_path, "seem.pt", source="seem")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+    cache = CachedAnnotator(tmp_path, Model())
+    with pytest.raises(InputError, match="mask_filter must be a filter; got NoneType"):
+        cache.filter_again(images(1), None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"calibration must have a \.source; got str"):
+        cache.check("calibration.pt")  # type: ignore[arg-type]

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from cpseg.annotators.cache import CachedAnnotator
-from cpseg.annotators.folder import add_arguments, annotate_folder, read_class_names, run
+from cpseg.annotators.folder import (
+    add_arguments,
+    annotate_folder,
+    image_files,
+    read_class_names,
+    run,
+)
 from cpseg.annotators.seem import SEEM, SEEMConfig
 from cpseg.errors import FileError, InputError
 
@@ -270,3 +276,26 @@ def test_control_c_ends_with_a_word_and_a_whole_cache(
     assert sum(name.endswith(".logits") for name in files(tmp_path / "cache")) == 2
     assert run(arguments(tmp_path)) == 0
     assert len(seen) == 3 + COUNT - 2
+
+
+def test_a_class_file_of_an_editor_is_read_and_a_line_without_a_name_refused(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_bytes(b"\xef\xbb\xbfsky\r\ncat: cat, kitten\r\n")  # a mark of UTF-8 before it
+    assert read_class_names(path) == {"sky": ["sky"], "cat": ["cat", "kitten"]}
+    path.write_text("sky\n: cat\n", encoding="utf-8")
+    with pytest.raises(InputError, match="must name a class before each colon; got ': cat'"):
+        read_class_names(path)
+    path.write_bytes("sky\ncaf\u00e9\n".encode("latin-1"))
+    with pytest.raises(FileError, match="must be a text file in UTF-8"):
+        read_class_names(path)
+
+
+def test_hidden_files_are_no_images(tmp_path: Path) -> None:
+    (tmp_path / ".thumbnails").mkdir()
+    for name in ("a.png", "._a.png", ".thumbnails/a.png"):
+        (tmp_path / name).write_bytes(b"")
+    hidden = tmp_path / ".thumbnails"
+    assert image_files(tmp_path) == [tmp_path / "a.png"]
+    assert image_files(hidden) == [hidden / "a.png"]  # asked for by name

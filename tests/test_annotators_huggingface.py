@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cpseg.annotators import Preprocessing
+from cpseg.annotators import Preprocessing, SigmoidAnnotator
 from cpseg.annotators.huggingface import (
     MaskClassAnnotator,
     SemanticLogitsAnnotator,
@@ -593,3 +593,28 @@ def test_what_is_no_known_model_is_refused() -> None:
         )
     with pytest.raises(InputError, match="model must answer with"):
         SemanticLogitsAnnotator(nn.Flatten(), Preprocessing())(images())
+
+
+@pytest.mark.parametrize(
+    "kind", [SemanticLogitsAnnotator, MaskClassAnnotator, SigmoidAnnotator], ids=str
+)
+def test_a_model_or_preprocessing_of_the_wrong_kind_is_refused(kind: Any) -> None:
+    seen, network = Preprocessing(size=(32, 32)), torch.nn.Conv2d(3, 3, 1)
+    for wrong in (None, "nvidia/segformer", torch.sigmoid):
+        with pytest.raises(InputError, match=r"model must be a torch\.nn\.Module; got"):
+            kind(wrong, seen)
+    with pytest.raises(InputError, match="preprocessing must be a Preprocessing; got NoneType"):
+        kind(network, None)
+
+
+def test_a_model_without_queries_is_refused_as_mask_classes() -> None:
+    class Plain(torch.nn.Module):
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            return pixel_values
+
+    plain = MaskClassAnnotator(Plain(), Preprocessing(size=(32, 32)))
+    with pytest.raises(InputError, match="must answer with class_queries_logits, as Mask2Former"):
+        plain(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    for wrong, message in ((5, "inputs must map names"), ({"a": 5}, r"inputs\['a'\] must be a")):
+        with pytest.raises(InputError, match=message):
+            MaskClassAnnotator(Plain(), Preprocessing(), inputs=wrong)  # type: ignore[arg-type]

@@ -214,3 +214,26 @@ def test_files_of_another_kind_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "bad.nii").write_bytes(b"bad")
     with pytest.raises(FileError, match="must be a NIfTI volume"):
         load_nifti(tmp_path / "bad.nii")
+
+
+def test_damaged_probabilities_and_spacings_are_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "case.npz"
+    np.savez_compressed(path, probabilities=shares())
+    content = bytearray(path.read_bytes())
+    name, extra = struct.unpack_from("<HH", content, 26)
+    content[30 + name + extra] = 255  # no block of deflate begins so
+    path.write_bytes(bytes(content))
+    with pytest.raises(FileError, match=r"case\.npz must be nnU-Net's saved probabilities"):
+        load_nnunet(path, spacing=(1, 1, 1))
+    for array in (np.full((2, 3, 4, 5), np.nan, np.float16), np.ones((2, 0, 4, 5), np.float32)):
+        np.savez(path, probabilities=array)
+        with pytest.raises(FileError, match="must hold finite probabilities"):
+            load_nnunet(path, spacing=(1, 1, 1))
+    np.save(tmp_path / "case.npy", shares())
+    with pytest.raises(FileError, match=r"case\.npy must be nnU-Net's"):
+        load_nnunet(tmp_path / "case.npy", spacing=(1, 1, 1))
+    np.savez(path, probabilities=shares())
+    for spacing in ("abc", 1.0, (1, 1), (1, 1, "1"), (1, 0, 1)):
+        with pytest.raises(InputError, match="spacing must be three positive lengths; got"):
+            load_nnunet(path, spacing=spacing)  # type: ignore[arg-type]
+    assert load_nnunet(path, spacing=np.array([1.0, 2.0, 3.0])).spacing == (1, 2, 3)  # type: ignore[arg-type]

@@ -385,3 +385,13 @@ def test_bad_policies_are_refused() -> None:
             paint_segments(segments, shares, **options)
     with pytest.raises(InputError, match="a row for each of 2 segments"):
         paint_segments(segments, shares[:1], overlap="smallest", uncovered="abstain")
+
+
+def test_networks_of_another_kind_are_refused_by_name() -> None:
+    plain = torch.nn.Conv2d(3, 3, 1)
+    for sam, message in (
+        (None, r"sam must be a torch\.nn\.Module; got NoneType"),
+        (plain, "sam must"),
+    ):
+        with pytest.raises(InputError, match=message):
+            SamClipAnnotator(sam, plain, ["cat"], tokenizer=torch.tensor)  # type: ignore[arg-type]

@@ -330,13 +330,61 @@ def test_a_tokenizer_that_cannot_be_right_is_refused(tokenizer: Any, message: st
         ({"output_size": (64, 0)}, "output_size must be an integer >= 1; got 0"),
         ({"autocast": torch.int8}, "autocast must be"),
         ({"mode": "raw"}, "mode must be"),
-        ({"void_text": " "}, "void_text must not be empty"),
+        ({"void_text": " "}, "void_text must be a text and not empty"),
+        ({"void_text": None}, "void_text must be a text and not empty"),
+        ({"model": "seem_focalt_v1.pt"}, r"model must be a torch\.nn\.Module; got str"),
+        (
+            {"model": nn.Conv2d(3, 3, 1)},
+            "model must be a SEEM, as load_checkpoint gives; got Conv2d",
+        ),
     ],
 )
 def test_bad_arguments_are_one_line(options: Any, message: str) -> None:
     with pytest.raises(InputError, match=message) as refusal:
         annotator(**options)
     assert "\n" not in str(refusal.value)
+
+
+def test_no_model_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match=r"model must be a torch\.nn\.Module; got NoneType"):
+        SEEMAnnotator(None, ["cat"], background=None, tokenizer=words)  # type: ignore[arg-type]
+
+
+def test_one_image_in_place_of_a_list_is_refused() -> None:
+    """Its rows would pass for gray images."""
+    image = random_images(1, 40, 56)[0]
+    for one in (image, image.permute(1, 2, 0).numpy()):
+        with pytest.raises(InputError, match=r"got one array of shape .*For one image: \[image\]"):
+            annotator().annotate(one)
+    assert len(annotator().annotate(image[None])) == 1
+    for path in ("cat.png", Path("cat.png")):
+        with pytest.raises(InputError, match=r"got the path 'cat\.png'"):
+            annotator().annotate([path])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300, 1])
+def test_weights_that_are_no_finite_floats_are_refused_by_name(value: float) -> None:
+    state = dict(golden_model("focal").state_dict())
+    name = "sem_seg_head.predictor.class_embed"
+    state[name] = state[name].clone()
+    state[name][3, 3] = value
+    if isinstance(value, int):
+        state[name] = state[name].long()
+    with pytest.raises(FileError, match=f"has no finite floats in {re.escape(name)}; nothing was"):
+        load_state(state)
+
+
+def test_what_is_no_mapping_of_names_to_tensors_is_refused(tmp_path: Path) -> None:
+    for state in (None, [1], {5: torch.zeros(1)}, {"a": 1}):
+        with pytest.raises(FileError, match="the checkpoint must map names to tensors"):
+            load_state(state)  # type: ignore[arg-type]
+    page, whole = tmp_path / "page.pt", tmp_path / "whole.pt"
+    page.write_text("<html>Access denied</html>")
+    torch.save(nn.Linear(1, 1), whole)
+    for path in (page, whole):
+        with pytest.raises(FileError, match="is damaged, or holds a whole model") as refusal:
+            load_checkpoint(path)
+        assert str(refusal.value).isprintable()
 
 
 def test_names_and_templates_with_braces_are_texts_like_others() -> None:

@@ -1,5 +1,7 @@
 """SyntheticAnnotator: its errors are the ones it states."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -141,3 +143,39 @@ def test_bad_arguments_are_refused_in_one_line() -> None:
         SyntheticAnnotator(num_classes=2)(torch.zeros(2, 4, 4, dtype=torch.int64), seeds=[1])
     with pytest.raises(InputError, match="labels must be an integer tensor"):
         SyntheticAnnotator(num_classes=2)(torch.zeros(2, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "rule"),
+    [
+        ("background", "sky", "background must be an integer"),
+        ("error_rate", "a", "error_rate must be a finite number"),
+        ("temperature", float("inf"), "temperature must be a finite number"),
+        ("shift", float("nan"), "shift must be a finite number"),
+        ("displacement", 1.5, "displacement must be an integer"),
+        ("difficulty", 5, "difficulty must hold 3 numbers"),
+        ("difficulty", (1, float("nan"), 1), "difficulty must hold 3 numbers"),
+        ("confusion", "abc", "confusion must be 3 rows of 3 weights"),
+        ("confusion", ((0, 1), (1, 0), (1, 1)), "confusion must be 3 rows of 3 weights"),
+    ],
+)
+def test_a_setting_of_the_wrong_kind_is_refused_by_name(
+    setting: str, value: Any, rule: str
+) -> None:
+    with pytest.raises(InputError, match=rule):
+        SyntheticAnnotator(num_classes=3, **{setting: value})
+
+
+def test_source_changes_with_every_setting() -> None:
+    plain = SyntheticAnnotator(num_classes=3)
+    assert plain.source == SyntheticAnnotator(num_classes=3).source
+    changes: list[dict[str, Any]] = [
+        {"seed": 1},
+        {"shift": 0.5},
+        {"background": None},
+        {"difficulty": (1, 1, 2)},
+        {"confusion": ((0, 1, 2), (1, 0, 1), (1, 1, 0))},
+        {"confusion": ((0, 2, 1), (1, 0, 1), (1, 1, 0))},
+    ]
+    sources = {SyntheticAnnotator(num_classes=3, **change).source for change in changes}
+    assert len(sources | {plain.source}) == len(changes) + 1

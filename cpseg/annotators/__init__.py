@@ -18,6 +18,7 @@ from cpseg.annotators.medical import (
 from cpseg.annotators.preprocessing import Preprocessing
 from cpseg.annotators.prompts import clip_tokenizer
 from cpseg.annotators.sam_clip import SamClipAnnotator
+from cpseg.annotators.source import check_source
 from cpseg.annotators.synthetic import SyntheticAnnotator
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "TextPromptAnnotator",
     "Volume",
     "channel_values",
+    "check_source",
     "clip_tokenizer",
     "load_nifti",
     "load_nifti_labels",

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any, Protocol, cast, final
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cpseg import _checks
 from cpseg.annotators.images import check_images, in_batches
-from cpseg.annotators.source import difference
+from cpseg.annotators.source import check_source, difference
 from cpseg.errors import FileError, InputError
 from cpseg.filters import AtMost, Singleton
 
@@ -37,7 +37,7 @@ _MOST = 65504.0
 
 
 class _HasSource(Protocol):
-    """A frozen calibration, as far as a cache looks at it."""
+    """A calibration or calibrator, as far as a cache looks at it."""
 
     @property
     def source(self) -> str | None: ...
@@ -98,6 +98,12 @@ class CachedAnnotator:
         best: int | None = None,
         background: int | None = None,
     ) -> None:
+        if not isinstance(cast("object", folder), (str, Path)):
+            raise InputError(f"folder must be a path; got {_checks.kind_of(folder)}")
+        if annotator is not None and not callable(annotator):
+            raise InputError(
+                f"annotator must be a function of images; got {_checks.kind_of(annotator)}"
+            )
         self.folder: Path = Path(folder)
         self.refused: list[str] = []
         self._annotator = annotator
@@ -131,25 +137,15 @@ class CachedAnnotator:
         return f"{self._note['source']}; {_form(self._note)}"
 
     def check(self, calibration: _HasSource) -> None:
-        """Refuse a calibration that was not made from this cache's logits.
+        """:func:`cpseg.annotators.check_source` for this cache's logits.
 
         Args:
-            calibration: What thresholds these logits will meet.
+            calibration: What thresholds these logits will meet, or the calibrator.
 
         Raises:
             InputError: Its ``source`` is another one, or none.
         """
-        if calibration.source is None:
-            raise InputError(
-                "calibration must come from the logits it is used with; it names no source. "
-                "Calibrate through the cache, with source=cache.source"
-            )
-        if calibration.source != self.source:
-            raise InputError(
-                "calibration must come from the logits it is used with; "
-                f"{difference(self.source, calibration.source)}. "
-                "Calibrate through the cache too, with source=cache.source"
-            )
+        check_source(self, calibration)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits of a batch.
@@ -200,11 +196,13 @@ class CachedAnnotator:
             Labels and the number of pixels that abstain for this reason.
 
         Raises:
-            InputError: The filter's calibration says it comes from other logits.
+            InputError: The filter's calibration says it comes from other logits, or from none.
         """
         check_images(images)
+        if not callable(mask_filter):
+            raise InputError(f"mask_filter must be a filter; got {_checks.kind_of(mask_filter)}")
         calibration = getattr(mask_filter, "calibration", None)
-        if calibration is not None and calibration.source is not None:
+        if calibration is not None:
             self.check(calibration)
         labels: list[Tensor] = []
         unsettled = 0
@@ -227,6 +225,7 @@ class CachedAnnotator:
         Returns:
             The file's path below the folder.
         """
+        _checks.check_tensor("image", image)
         check_images(image[None])
         self._stored(image[None])
         return self._place(image)[0].relative_to(self.folder).as_posix()

@@ -98,10 +98,16 @@ def annotate_folder(
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All images of a folder and its subfolders, in order of their names."""
+    """All images of a folder and its subfolders, in order of their names; hidden ones are none."""
     if not folder.is_dir():
         raise FileError(f"{folder} must be a folder of images; there is none")
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in _SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
 def read_class_names(path: str | Path) -> dict[str, list[str]]:
@@ -114,10 +120,16 @@ def read_class_names(path: str | Path) -> dict[str, list[str]]:
         Each class's texts, in the file's order.
     """
     classes: dict[str, list[str]] = {}
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    try:
+        content = Path(path).read_text(encoding="utf-8-sig")  # editors put a mark before it
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} must be a text file in UTF-8; {one_line(error)}") from error
+    for line in content.splitlines():
         name, colon, rest = line.partition(":")
-        if not name.strip():
+        if not line.strip():
             continue
+        if not name.strip():
+            raise InputError(f"{path} must name a class before each colon; got {line!r}")
         if name.strip() in classes:
             raise InputError(f"{path} must name each class once; got {name.strip()!r} twice")
         texts = [text.strip() for text in rest.split(",")] if colon else [name.strip()]

@@ -10,7 +10,7 @@ A model that is already built needs no transformers at all: give it with its
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.nn import functional
 from cpseg import _checks
 from cpseg.annotators.images import in_batches
 from cpseg.annotators.mask_class import log_probabilities, mask_class_probabilities
-from cpseg.annotators.preprocessing import Preprocessing
+from cpseg.annotators.preprocessing import Preprocessing, check_preprocessing
 from cpseg.annotators.pretrained import check_device, import_transformers, load_pretrained
 from cpseg.annotators.prompts import (
     ClassNames,
@@ -28,7 +28,7 @@ from cpseg.annotators.prompts import (
     check_token_ids,
     class_prompts,
 )
-from cpseg.annotators.source import describe_source
+from cpseg.annotators.source import check_network, describe_source
 from cpseg.errors import InputError
 
 __all__ = [
@@ -61,6 +61,8 @@ class SemanticLogitsAnnotator:
     def __init__(
         self, model: nn.Module, preprocessing: Preprocessing, *, source: str | None = None
     ) -> None:
+        check_network("model", model)
+        check_preprocessing(preprocessing)
         self._model = model.eval()
         self._preprocessing = preprocessing
         self.source: str = _source(model, source, {"preprocessing": preprocessing})
@@ -131,6 +133,8 @@ class MaskClassAnnotator:
         inputs: Mapping[str, Tensor] | None = None,
         source: str | None = None,
     ) -> None:
+        check_network("model", model)
+        check_preprocessing(preprocessing)
         self._model = model.eval()
         self._preprocessing = preprocessing
         if mode not in ("complement", "void", "none"):
@@ -138,7 +142,11 @@ class MaskClassAnnotator:
         _checks.check_integer("background", background, 0)
         self._mode: Literal["complement", "void", "none"] = mode
         self._background = background
+        if inputs is not None and not isinstance(cast("object", inputs), Mapping):
+            raise InputError(f"inputs must map names to tensors; got {_checks.kind_of(inputs)}")
         self._inputs = dict(inputs or {})
+        for name, value in self._inputs.items():
+            _checks.check_tensor(f"inputs[{name!r}]", value)
         settings = {
             "preprocessing": preprocessing,
             "mode": mode,
@@ -191,6 +199,12 @@ class MaskClassAnnotator:
             for name, value in self._inputs.items()
         }
         output = self._model(pixel_values=pixels, **further)
+        for name in ("class_queries_logits", "masks_queries_logits"):
+            if getattr(output, name, None) is None:
+                raise InputError(
+                    f"model must answer with {name}, as Mask2Former, MaskFormer, OneFormer and "
+                    f"EoMT do; got {type(output).__name__}"
+                )
         return log_probabilities(
             mask_class_probabilities(
                 output.class_queries_logits,
@@ -249,6 +263,8 @@ class TextPromptAnnotator:
         kind = str(getattr(config, "model_type", type(model).__name__))
         if kind not in ("clipseg", "sam3", "groupvit"):
             raise InputError(f"model must be a CLIPSeg, SAM 3 or GroupViT model; got {kind}")
+        check_network("model", model)
+        check_preprocessing(preprocessing)
         (template,) = check_templates([template])
         prompts = [
             group for place, group in enumerate(texts) if kind == "groupvit" or place != background
@@ -454,4 +470,6 @@ def _parameter(model: nn.Module) -> Tensor:
 
 
 def _source(model: nn.Module, name: str | None, settings: Mapping[str, object]) -> str:
+    if name is not None and not isinstance(cast("object", name), str):
+        raise InputError(f"source must be text or None; got {_checks.kind_of(name)}")
     return describe_source(name or type(model).__name__, model, settings)

@@ -5,6 +5,7 @@ levels; resizing floats does not (up to fifteen), because Pillow rounds between 
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -74,6 +75,11 @@ def rgb(image: object) -> Tensor:
                 f"an image tensor must have shape (3, H, W); got {_checks.describe(image.shape)}"
             )
         return image.detach().cpu()
+    if isinstance(image, (str, Path)):
+        raise InputError(
+            f"an image must be a tensor, an array or a Pillow image; got the path {str(image)!r}. "
+            "Open it: PIL.Image.open(path)"
+        )
     convert: Callable[[str], Any] | None = getattr(image, "convert", None)
     mode = getattr(image, "mode", None)
     if convert is not None and mode not in _MODES:
@@ -144,6 +150,12 @@ def in_batches(
     _checks.check_integer("batch_size", batch_size, 1)
     if isinstance(images, str) or not hasattr(images, "__len__"):
         raise InputError(f"images must be a sequence of images; got {type(images).__name__}")
+    axes = getattr(images, "shape", None)  # of an array; a list has none
+    if axes is not None and len(axes) < 4:
+        raise InputError(
+            "images must be a sequence of images; got one array of shape "
+            f"{_checks.describe(axes)}. For one image: [image]"
+        )
     tensors = [rgb(image) for image in images]
     places: dict[tuple[int, ...], list[int]] = {}
     for place, image in enumerate(tensors):

@@ -6,6 +6,7 @@ each channel is a question of its own, on or off, and is calibrated as two class
 
 import importlib
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
@@ -20,9 +21,9 @@ from torch.nn import functional
 from cpseg import _checks
 from cpseg.annotators.huggingface import find_logits
 from cpseg.annotators.images import in_batches
-from cpseg.annotators.preprocessing import Preprocessing
+from cpseg.annotators.preprocessing import Preprocessing, check_preprocessing
 from cpseg.annotators.pretrained import one_line
-from cpseg.annotators.source import describe_source
+from cpseg.annotators.source import check_network, describe_source
 from cpseg.errors import FileError, InputError, MissingExtraError
 
 __all__ = [
@@ -72,6 +73,8 @@ class SigmoidAnnotator:
     def __init__(
         self, model: nn.Module, preprocessing: Preprocessing, *, source: str | None = None
     ) -> None:
+        check_network("model", model)
+        check_preprocessing(preprocessing)
         self._model = model.eval()
         self._preprocessing = preprocessing
         name = f"{source or type(model).__name__}, sigmoid channels"
@@ -114,6 +117,7 @@ def channel_values(probabilities: Tensor) -> Tensor:
         >>> channel_values(torch.tensor([0.5, 0.75]))
         tensor([0.0000, 1.0986])
     """
+    _checks.check_tensor("probabilities", probabilities)
     dtype = torch.promote_types(probabilities.dtype, torch.float32)
     p = probabilities.to(dtype)
     if not bool(((p >= 0) & (p <= 1)).all()):
@@ -149,7 +153,7 @@ def load_nnunet(path: str | Path, *, spacing: Sequence[float] | None = None) -> 
             array = None if name is None else np.asarray(content[name])
     except FileNotFoundError:
         raise
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+    except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError, TypeError) as error:
         raise FileError(
             f"{path} must be nnU-Net's saved probabilities; {one_line(error)}"
         ) from error
@@ -169,9 +173,12 @@ def load_nnunet(path: str | Path, *, spacing: Sequence[float] | None = None) -> 
                 f"{path} must have the grid of {found_path.name} beside it, {beside_array.shape}; "
                 f"it has {array.shape[1:]}"
             )
-    if len(spacing) != 3 or not all(0 < length < inf for length in spacing):
-        raise InputError(f"spacing must be three positive lengths; got {tuple(spacing)}")
-    return Volume(torch.from_numpy(array), tuple(float(length) for length in spacing))
+    if not array.size or not bool(np.isfinite(array).all()):
+        raise FileError(f"{path} must hold finite probabilities; it holds none, or NaN or infinity")
+    lengths = list(spacing) if hasattr(spacing, "__len__") else []
+    if len(lengths) != 3 or not all(_checks.is_number(v) and 0 < v < inf for v in lengths):
+        raise InputError(f"spacing must be three positive lengths; got {spacing!r}")
+    return Volume(torch.from_numpy(array), tuple(float(length) for length in lengths))
 
 
 def load_nifti(path: str | Path) -> Volume:

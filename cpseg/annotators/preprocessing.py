@@ -19,7 +19,7 @@ from cpseg.annotators.images import check_images, check_size, resize, short_side
 from cpseg.annotators.pretrained import import_transformers, one_line
 from cpseg.errors import FileError, InputError
 
-__all__ = ["Preprocessing"]
+__all__ = ["Preprocessing", "check_preprocessing"]
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _MODES: dict[object, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}  # Pillow's
@@ -194,6 +194,12 @@ class Preprocessing:
         )
         pixels = ((pixels - mean) / std).to(like.dtype)
         return pixels.flip(1) if self.bgr else pixels
+
+
+def check_preprocessing(value: object) -> None:
+    """Refuse what is no :class:`Preprocessing`."""
+    if not isinstance(value, Preprocessing):
+        raise InputError(f"preprocessing must be a Preprocessing; got {_checks.kind_of(value)}")
 
 
 def _find(name: str | Path) -> tuple[Path, Mapping[str, Any]]:

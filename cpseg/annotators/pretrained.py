@@ -2,10 +2,11 @@
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from cpseg import _checks
 from cpseg.errors import FileError, InputError, MissingExtraError
 
 __all__ = ["check_device", "import_transformers", "load_pretrained", "one_line"]
@@ -31,6 +32,8 @@ def load_pretrained(kind: Any, name: str | Path) -> Any:
     Raises:
         FileError: There is none, or it is another kind of model.
     """
+    if not isinstance(cast("object", name), (str, Path)):
+        raise InputError(f"name must be a folder or hub name; got {_checks.kind_of(name)}")
     if Path(name).is_file():
         raise FileError(f"{name} must be a folder or reachable hub name; it is a file")
     try:

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from cpseg import _checks
 from cpseg.annotators.images import check_images, in_batches, resize
-from cpseg.annotators.preprocessing import Preprocessing
+from cpseg.annotators.preprocessing import Preprocessing, check_preprocessing
 from cpseg.annotators.prompts import (
     ClassNames,
     Tokenizer,
@@ -29,7 +29,7 @@ from cpseg.annotators.prompts import (
     class_prompts,
     prompt_tokens,
 )
-from cpseg.annotators.source import describe_source
+from cpseg.annotators.source import check_network, describe_source
 from cpseg.errors import InputError
 
 __all__ = [
@@ -111,6 +111,13 @@ class SamClipAnnotator:
         min_stability: float = 0.95,
         max_overlap: float = 0.7,
     ) -> None:
+        for name, model, needed in (("sam", sam, "config"), ("clip", clip, "logit_scale")):
+            check_network(name, model)
+            if not hasattr(model, needed):
+                raise InputError(
+                    f"{name} must be a model with .{needed}; got {_checks.kind_of(model)}"
+                )
+        check_preprocessing(preprocessing)
         names, texts = class_prompts(class_names)
         _check_policies(overlap, uncovered, background, len(names))
         _checks.check_integer("points_per_side", points_per_side, 1)

@@ -4,14 +4,62 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 
-__all__ = ["describe_source", "difference"]
+from cpseg import _checks
+from cpseg.errors import InputError
+
+__all__ = ["check_network", "check_source", "describe_source", "difference"]
 
 _LONGEST = 24  # characters of a setting that are shown; longer ones are hashed
 _MOST = 3  # fields that a message names
+
+
+class _HasSource(Protocol):
+    @property
+    def source(self) -> str | None: ...
+
+
+def check_source(annotator: _HasSource, calibration: _HasSource) -> None:
+    """Refuse thresholds that were not made from this annotator's logits.
+
+    Logits are plain tensors and do not say where they come from, so this is to be asked once,
+    before an annotator's logits meet a filter; and before calibrating, of the calibrator.
+
+    Args:
+        annotator: What makes the logits: any annotator, cached or live.
+        calibration: What thresholds they meet; or the calibrator that is to see them.
+
+    Raises:
+        InputError: Their ``source`` is another one, or one of them has none.
+
+    Examples:
+        >>> from cpseg import SplitCalibrator
+        >>> from cpseg.annotators import SyntheticAnnotator
+        >>> annotator = SyntheticAnnotator(num_classes=3)
+        >>> check_source(annotator, SplitCalibrator(source=annotator.source))
+    """
+    for name, value in (("annotator", annotator), ("calibration", calibration)):
+        if not hasattr(value, "source"):
+            raise InputError(f"{name} must have a .source; got {_checks.kind_of(value)}")
+    if annotator.source is None:
+        raise InputError("annotator must say what it is in its .source; it is None")
+    if calibration.source != annotator.source:
+        found = difference(annotator.source, calibration.source)
+        raise InputError(
+            "calibration must come from the logits it is used with; "
+            f"{'it names no source' if calibration.source is None else found}. "
+            "Calibrate on this annotator's logits, with source=annotator.source"
+        )
+
+
+def check_network(name: str, value: object) -> None:
+    """Refuse what is no network of torch."""
+    if not isinstance(value, nn.Module):
+        raise InputError(f"{name} must be a torch.nn.Module; got {_checks.kind_of(value)}")
 
 
 def describe_source(name: str, model: nn.Module | None, settings: Mapping[str, object]) -> str:

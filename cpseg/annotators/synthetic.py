@@ -9,15 +9,22 @@ picture does not hold the truth.
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from math import inf, isfinite
+from typing import Any, TypeGuard, final
 
 import torch
 from torch import Tensor
 
 from cpseg import _checks
+from cpseg.annotators.source import describe_source
 from cpseg.errors import InputError
 
 __all__ = ["SyntheticAnnotator"]
+
+_NUMBERS = (
+    *("error_rate", "confident", "image_effect", "background_bias", "noise"),
+    *("signal", "temperature", "shift", "grain"),
+)
 
 
 @final
@@ -87,11 +94,27 @@ class SyntheticAnnotator:
 
     def __post_init__(self) -> None:
         _checks.check_integer("num_classes", self.num_classes, 2)
-        if self.background is not None and not 0 <= self.background < self.num_classes:
+        if self.background is not None:
+            _checks.check_integer("background", self.background)
+            if not 0 <= self.background < self.num_classes:
+                raise InputError(
+                    f"background must be a class in [0, {self.num_classes}) or None; "
+                    f"got {self.background}"
+                )
+        for name in ("displacement", "seed"):
+            _checks.check_integer(name, getattr(self, name))
+        self._check_numbers()
+        if self.difficulty is not None and not self._weights(self.difficulty):
             raise InputError(
-                f"background must be a class in [0, {self.num_classes}) or None; "
-                f"got {self.background}"
+                f"difficulty must hold {self.num_classes} numbers >= 0; got {self.difficulty!r}"
             )
+        self._confusion()  # refuses a bad matrix here, not at the first image
+
+    def _check_numbers(self) -> None:
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if not _checks.is_number(value) or not isfinite(value):
+                raise InputError(f"{name} must be a finite number; got {value!r}")
         for name in ("error_rate", "confident"):
             value = getattr(self, name)
             if not 0 <= value <= 1 or (name == "error_rate" and value == 1):
@@ -102,13 +125,11 @@ class SyntheticAnnotator:
         for name in ("noise", "image_effect"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must not be negative; got {getattr(self, name)!r}")
-        if self.difficulty is not None and (
-            len(self.difficulty) != self.num_classes or min(self.difficulty) < 0
-        ):
-            raise InputError(
-                f"difficulty must hold {self.num_classes} numbers >= 0; got {self.difficulty!r}"
-            )
-        self._confusion()  # refuses a bad matrix here, not at the first image
+
+    @property
+    def source(self) -> str:
+        """What to give a calibrator as ``source=``: every setting."""
+        return describe_source("synthetic", None, {"settings": self})
 
     def __call__(self, labels: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
         """Logits for the true labels.
@@ -173,6 +194,12 @@ class SyntheticAnnotator:
             logits[self.background] += self.background_bias
         return logits / self.temperature
 
+    def _weights(self, row: object) -> bool:
+        """Whether these are finite weights, one per class."""
+        return _lists(row, self.num_classes) and all(
+            _checks.is_number(v) and 0 <= v < inf for v in row
+        )
+
     def _difficulty(self) -> Tensor:
         """Factor on the odds of a mistake, ``(C,)``."""
         if self.difficulty is not None:
@@ -182,10 +209,10 @@ class SyntheticAnnotator:
     def _confusion(self) -> Tensor:
         """Rows that sum to 1: the class a mistaken one shows, ``(C, C)``."""
         if self.confusion is not None:
-            weights = torch.tensor(self.confusion, dtype=torch.float64)
-            size = (self.num_classes, self.num_classes)
-            if tuple(weights.shape) != size or not bool((weights >= 0).all()):
-                raise InputError(f"confusion must be {size[0]} rows of {size[1]} weights >= 0")
+            count = self.num_classes
+            if not _lists(self.confusion, count) or not all(map(self._weights, self.confusion)):
+                raise InputError(f"confusion must be {count} rows of {count} weights >= 0")
+            weights = torch.tensor([list(row) for row in self.confusion], dtype=torch.float64)
             if bool(weights.diagonal().any()) or not bool(weights.sum(1).all()):
                 raise InputError(
                     "confusion must have a diagonal of 0 and in each row a weight above 0; "
@@ -201,6 +228,11 @@ class SyntheticAnnotator:
                     weights[c, self.background] = 0.5
                     weights[self.background, c] = 1.0
         return weights / weights.sum(1, keepdim=True)
+
+
+def _lists(value: object, count: int) -> TypeGuard[Sequence[Any]]:
+    """Whether this is a list, or its like, of so many things; a text is none."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == count
 
 
 def _checksum(image: Tensor) -> int:

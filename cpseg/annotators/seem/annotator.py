@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,9 @@ from cpseg.annotators.prompts import (
     clip_tokenizer,
     prompt_tokens,
 )
-from cpseg.annotators.seem.model import _STRIDE, SEEM
+from cpseg.annotators.seem.model import _STRIDE, SEEM, SEEMConfig
 from cpseg.annotators.seem.text import SEEM_TEMPLATES, embed
-from cpseg.annotators.source import describe_source
+from cpseg.annotators.source import check_network, describe_source
 from cpseg.errors import InputError
 
 __all__ = ["CLIP_TOKENIZER", "SEEMAnnotator", "UpstreamSEEMAnnotator"]
@@ -97,6 +97,12 @@ class SEEMAnnotator:
         output_size: tuple[int, int] | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
+        check_network("model", model)
+        if not isinstance(getattr(model, "config", None), SEEMConfig):
+            raise InputError(
+                f"model must be a SEEM, as load_checkpoint gives; got {_checks.kind_of(model)}. "
+                "For one built with the original's code: UpstreamSEEMAnnotator"
+            )
         names, texts = class_prompts(class_names)
         self.class_names: tuple[str, ...] = tuple(names)
         self._prompts = _prompted(names, texts, background, void_text)
@@ -346,8 +352,9 @@ def _prompted(
 ) -> list[list[str]]:
     """The texts of the classes that are prompted: all but the background."""
     check_background(background, len(names))
-    if not void_text.strip():
-        raise InputError("void_text must not be empty; SEEM needs a name for nothing")
+    given = cast("object", void_text)
+    if not isinstance(given, str) or not given.strip():
+        raise InputError(f"void_text must be a text and not empty; got {given!r}")
     prompts = [group for place, group in enumerate(texts) if place != background]
     if not prompts:
         raise InputError("class_names must name a class besides the background; got none")

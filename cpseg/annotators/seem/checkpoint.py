@@ -1,14 +1,16 @@
 """Loading the official checkpoints, with every name accounted for."""
 
+import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from cpseg import _checks
 from cpseg.annotators.pretrained import one_line
 from cpseg.annotators.seem.model import SEEM, SEEMConfig
 from cpseg.errors import FileError
@@ -41,7 +43,8 @@ def load_checkpoint(path: str | Path, config: SEEMConfig | None = None) -> SEEM:
         The model in eval mode, float32, on the CPU.
 
     Raises:
-        FileError: A parameter is missing, unknown or of another shape; the message names it.
+        FileError: A parameter is missing, unknown, of another shape, or not finite; the message
+            names it.
     """
     path = Path(path)
     try:
@@ -51,6 +54,11 @@ def load_checkpoint(path: str | Path, config: SEEMConfig | None = None) -> SEEM:
         )
     except FileNotFoundError:
         raise
+    except pickle.UnpicklingError as error:  # torch's own text is a page of advice
+        raise FileError(
+            f"{path} must be a checkpoint of tensors; it is no file of torch's, is damaged, or "
+            "holds a whole model, which is not opened since it could run anything"
+        ) from error
     except Exception as error:  # torch raises many kinds for a damaged file
         raise FileError(f"{path} must be a checkpoint of tensors; {one_line(error)}") from error
     if not isinstance(state, Mapping):
@@ -75,11 +83,13 @@ def load_state(
         The model in eval mode, float32.
 
     Raises:
-        FileError: A parameter is missing, unknown or of another shape.
+        FileError: A parameter is missing, unknown, of another shape, or not finite.
     """
     tensors: dict[str, Tensor] = {}
+    if not isinstance(cast("object", state), Mapping):
+        raise FileError(f"{source} must map names to tensors; got {_checks.kind_of(state)}")
     for name, value in state.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or not isinstance(cast("object", name), str):
             raise FileError(
                 f"{source} must map names to tensors; {name!r} is {type(value).__name__}"
             )
@@ -100,6 +110,9 @@ def load_state(
     for problem, names in (("lacks", missing), ("has unknown", unknown), ("has", shapes)):
         if names:
             raise FileError(f"{source} {problem} {_some(names)}; nothing was loaded")
+    strange = [name for name in wanted if not _is_weight(tensors[name])]
+    if strange:
+        raise FileError(f"{source} has no finite floats in {_some(strange)}; nothing was loaded")
     model.load_state_dict({name: tensors[name].float() for name in wanted}, assign=True)
     return model.requires_grad_(requires_grad=False).eval()
 
@@ -153,6 +166,12 @@ def config_of(state: Mapping[str, Tensor], *, source: str = "the checkpoint") ->
         text_layers=count(re.escape(language) + r"resblocks\.(\d+)\."),
         text_heads=max(1, dim // 64),
     )
+
+
+def _is_weight(value: Tensor) -> bool:
+    """Whether these are floats, all finite once in float32."""
+    finite = value.is_meta or bool(value.float().isfinite().all())  # a shape alone has no values
+    return value.is_floating_point() and finite
 
 
 def _strip(name: str) -> str:
