@@ -705,8 +705,7 @@ def check_batch(logits: Tensor, labels: Tensor, num_classes: int | None) -> None
     """Metadata of one batch."""
     _checks.check_logits(logits, num_classes)
     _checks.check_labels(labels, logits)
-    if logits.device.type == "meta":
-        raise InputError("logits must hold data; got a tensor on the device meta, which has none")
+    _checks.check_data("logits", logits)
 
 
 def _under(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

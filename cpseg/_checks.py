@@ -38,6 +38,12 @@ def check_tensor(name: str, value: object) -> None:
         raise InputError(f"{name} must be a dense tensor; got {layout}")
 
 
+def check_data(name: str, value: Tensor) -> None:
+    """Refuse a tensor of which only the metadata exist."""
+    if value.is_meta:
+        raise InputError(f"{name} must hold data; got a tensor on the device meta, which has none")
+
+
 def check_logits(logits: Tensor, num_classes: int | None = None, name: str = "logits") -> None:
     """Logits are ``(B, C, *S)``, floating, with ``C >= 1`` (and ``C == num_classes`` if given)."""
     check_tensor(name, logits)
@@ -158,10 +164,11 @@ def check_flag(name: str, value: object) -> None:
         raise InputError(f"{name} must be True or False; got {value!r}")
 
 
-def check_weight(name: str, value: object) -> None:
-    """A finite number of at least zero."""
+def check_weight(name: str, value: object) -> float:
+    """A finite number of at least zero, as Python's float."""
     if not is_number(value) or not 0 <= float(cast("SupportsFloat", value)) < inf:
         raise InputError(f"{name} must be finite and >= 0; got {value!r}")
+    return float(cast("SupportsFloat", value))
 
 
 def check_ignore_index(ignore_index: int, num_classes: int | None) -> None:
@@ -184,7 +191,8 @@ def check_alphas(alpha: object) -> None:
     """A sequence of levels."""
     if not isinstance(alpha, Sequence) or isinstance(alpha, str | bytes):
         told = repr(alpha) if isinstance(alpha, str | bytes) else kind_of(alpha)
-        raise InputError(f"alpha must be one number or one per class; got {told}")
+        remedy = ". Pass its tolist()" if hasattr(alpha, "tolist") else ""
+        raise InputError(f"alpha must be one number or one per class; got {told}{remedy}")
     for value in cast("Sequence[object]", alpha):
         check_alpha(value)
 

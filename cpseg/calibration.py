@@ -114,7 +114,8 @@ class Calibration:
         fallback: What replaced thresholds of groups with too few units; None for nothing.
         fallback_groups: Which thresholds it replaced. Bool, shape of ``thresholds``.
         max_share: Largest share of a batch entry's pixels, void ones included, that each class
-            had in calibration. float64 ``(C,)``.
+            had in calibration; with ``unit_ids`` too, of an entry and not of a unit. float64
+            ``(C,)``.
         source: What the logits came from, where that matters (a cache that rounds names itself).
         control: The risk behind the thresholds, if another than miscoverage; a threshold is then
             ``-inf`` where no label can be kept.
@@ -532,11 +533,15 @@ def _exceptions(calibration: Calibration, unit: Literal["image", "pixel"]) -> tu
     replaced = calibration.fallback_groups & ~starved
     few = f"with so few calibration {unit}s"
     lines: list[str] = []
+    there = " there" if axes else ""
+    result = "kept in every set" if "class" in axes else f"every set{there} is full"
     if starved.any():
         place = f" for {_where(axes, starved)}" if axes else ""
-        there = " there" if axes else ""
-        result = "kept in every set" if "class" in axes else f"every set{there} is full"
         lines.append(f"No finite threshold can promise this{place} {few}: {result}.")
+    full = _at_the_end(calibration)
+    if full.any():
+        place = f"For {_where(axes, full)} the" if axes else "The"
+        lines.append(f"{place} threshold lies at the end of the score's range: {result}.")
     if replaced.any():
         lines.append(
             f"Nothing is promised for {_where(axes, replaced)}: {few} the threshold comes from "
@@ -555,6 +560,15 @@ def _exceptions(calibration: Calibration, unit: Literal["image", "pixel"]) -> tu
     elif axes:
         lines.append("It does not imply the same for an image as a whole.")
     return tuple(lines)
+
+
+def _at_the_end(calibration: Calibration) -> Tensor:
+    """Which thresholds are finite, and yet no score exceeds them. Bool, shape of thresholds."""
+    thresholds, classes = calibration.thresholds, calibration.num_classes
+    limits = None if classes is None else calibration.score.range(classes)
+    if limits is None:
+        return torch.zeros_like(thresholds, dtype=torch.bool)
+    return thresholds.isfinite() & (thresholds >= limits[1])
 
 
 def _for_images(axes: tuple[str, ...]) -> str:

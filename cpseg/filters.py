@@ -87,7 +87,9 @@ class AreaGuard:
     """Notices a class that floods an image.
 
     A class is flooding when its share of an image's pixels exceeds ``factor`` times the largest
-    share it had in a calibration image, plus ``slack``. Deciding waits for the device.
+    share it had in a calibration image, plus ``slack``. An image is a batch entry here, whatever
+    ``unit_ids`` said: a tile can be all of one class where the whole image cannot, so let both be
+    tiles, or both be whole. Deciding waits for the device.
 
     Guarantee:
         None; a heuristic.
@@ -150,7 +152,7 @@ class Argmax:
 
     def __call__(self, logits: Tensor, groups: Tensor | None = None) -> Tensor:
         """Pseudo-labels ``(B, *S)`` of logits ``(B, C, *S)``; see :class:`Decision`."""
-        return self.decide(logits, groups).labels
+        return _decide(self, logits, groups).labels
 
     def decide(self, logits: Tensor, groups: Tensor | None = None) -> Decision:
         """Pseudo-labels and reasons."""
@@ -191,7 +193,7 @@ class Top:
 
     def __call__(self, logits: Tensor, groups: Tensor | None = None) -> Tensor:
         """Pseudo-labels ``(B, *S)`` of logits ``(B, C, *S)``; see :class:`Decision`."""
-        return self.decide(logits, groups).labels
+        return _decide(self, logits, groups).labels
 
     def decide(self, logits: Tensor, groups: Tensor | None = None) -> Decision:
         """Pseudo-labels and reasons."""
@@ -204,7 +206,9 @@ class BackgroundPriority:
     """The most likely foreground class of the set; background only if there is none.
 
     ConformalSAM's rule: a background that overwhelms the foreground must not win where a
-    foreground class is still possible.
+    foreground class is still possible. It needs small sets: a foreground class whose threshold is
+    so high that it is possible nearly everywhere takes the background's place there, for which
+    ``guard`` warns. Look at :class:`cpseg.metrics.SelectiveAccuracy` before a student learns.
 
     Guarantee:
         None; a heuristic on sets that have one.
@@ -230,22 +234,17 @@ class BackgroundPriority:
     compiled: bool = False
 
     def __post_init__(self) -> None:
-        _checks.check_integer("background", self.background, 0)
-        self._check(self.calibration.num_classes)
-
-    def _check(self, classes: int | None) -> None:
-        if classes is not None and self.background >= classes:
-            raise InputError(f"background must be a class, below {classes}; got {self.background}")
+        background = _checks.check_integer("background", self.background, 0)
+        object.__setattr__(self, "background", background)
         _check_rule(self)
+        _check_background(self, self.calibration.num_classes)
 
     def __call__(self, logits: Tensor, groups: Tensor | None = None) -> Tensor:
         """Pseudo-labels ``(B, *S)`` of logits ``(B, C, *S)``; see :class:`Decision`."""
-        return self.decide(logits, groups).labels
+        return _decide(self, logits, groups).labels
 
     def decide(self, logits: Tensor, groups: Tensor | None = None) -> Decision:
         """Pseudo-labels and reasons."""
-        _checks.check_logits(logits)
-        self._check(logits.shape[1])  # a calibration without data knows no number of classes
         return _decide(self, logits, groups)
 
 
@@ -277,12 +276,12 @@ class AtMost:
     compiled: bool = False
 
     def __post_init__(self) -> None:
-        _checks.check_integer("k", self.k, 1)
+        object.__setattr__(self, "k", _checks.check_integer("k", self.k, 1))
         _check_rule(self)
 
     def __call__(self, logits: Tensor, groups: Tensor | None = None) -> Tensor:
         """Pseudo-labels ``(B, *S)`` of logits ``(B, C, *S)``; see :class:`Decision`."""
-        return self.decide(logits, groups).labels
+        return _decide(self, logits, groups).labels
 
     def decide(self, logits: Tensor, groups: Tensor | None = None) -> Decision:
         """Pseudo-labels and reasons."""
@@ -319,7 +318,7 @@ class Singleton:
 
     def __call__(self, logits: Tensor, groups: Tensor | None = None) -> Tensor:
         """Pseudo-labels ``(B, *S)`` of logits ``(B, C, *S)``; see :class:`Decision`."""
-        return self.decide(logits, groups).labels
+        return _decide(self, logits, groups).labels
 
     def decide(self, logits: Tensor, groups: Tensor | None = None) -> Decision:
         """Pseudo-labels and reasons."""
@@ -365,6 +364,14 @@ def _check_rule(mask_filter: _AnyFilter) -> None:
         )
 
 
+def _check_background(mask_filter: BackgroundPriority, classes: int | None) -> None:
+    """The background must be a class; a calibration without data knows no number of them."""
+    if classes is not None and mask_filter.background >= classes:
+        raise InputError(
+            f"background must be a class, below {classes}; got {mask_filter.background}"
+        )
+
+
 def each_class(operation: Callable[[Tensor], Tensor], sets: Tensor) -> Tensor:
     """A mask operation of :mod:`cpseg.morphology` on the mask of every class of the sets.
 
@@ -380,7 +387,8 @@ def each_class(operation: Callable[[Tensor], Tensor], sets: Tensor) -> Tensor:
         New sets. Bool ``(B, C, *S)``.
 
     Raises:
-        InputError: If sets is no bool tensor ``(B, C, *S)`` with a spatial axis.
+        InputError: If sets is no bool tensor ``(B, C, *S)`` with a spatial axis, or the operation
+            returns no masks of the shape it was given.
 
     Examples:
         >>> from functools import partial
@@ -390,12 +398,20 @@ def each_class(operation: Callable[[Tensor], Tensor], sets: Tensor) -> Tensor:
         tensor([[[ True,  True, False],
                  [False,  True,  True]]])
     """
+    _checks.check_tensor("sets", sets)
     if sets.dtype != torch.bool or sets.ndim < 3:
         raise InputError(
             f"sets must be bool with shape (B, C, *S) and a spatial axis; "
             f"got {sets.dtype} {_checks.describe(sets.shape)}"
         )
-    return operation(sets.flatten(0, 1)).view(sets.shape)
+    masks = sets.flatten(0, 1)
+    made = operation(masks)
+    if made.dtype != torch.bool or made.shape != masks.shape:
+        raise InputError(
+            f"operation must return bool masks {_checks.describe(masks.shape)}; "
+            f"got {made.dtype} {_checks.describe(made.shape)}"
+        )
+    return made.view(sets.shape)
 
 
 # --- the rules, on columns -----------------------------------------------------------------------
@@ -531,6 +547,9 @@ class _Decide:
 
 def _decide(mask_filter: _AnyFilter, logits: Tensor, groups: Tensor | None) -> Decision:
     calibration = mask_filter.calibration
+    if isinstance(mask_filter, BackgroundPriority):
+        _checks.check_logits(logits)
+        _check_background(mask_filter, logits.shape[1])
     with torch.no_grad():
         made = run(
             lambda score: columns_of(mask_filter, score),
@@ -635,7 +654,7 @@ def _guard(guard: AreaGuard, calibration: Calibration, labels: Tensor, reasons: 
         f"{int(flooding.any(1).sum())} of {len(labels)} images"
         + (": abstained" if guard.action == "abstain" else ""),
         AreaWarning,
-        stacklevel=5,
+        stacklevel=4,  # whoever called the filter
     )
     if guard.action == "abstain":
         kept = reasons == Reason.KEPT

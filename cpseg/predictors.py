@@ -194,13 +194,15 @@ def columns_of(predictor: PixelSetPredictor, score: ColumnScore) -> Columns:
 def check_calibration(calibration: object) -> None:
     """Refuse what is no calibration, and name the step that was forgotten."""
     if not isinstance(calibration, Calibration):
-        hint = ": call compute(alpha) first" if hasattr(calibration, "compute") else ""
-        raise InputError(f"calibration must be a Calibration; got {calibration!r}{hint}")
+        remedy = ". Call its compute(alpha) first" if hasattr(calibration, "compute") else ""
+        told = _checks.kind_of(calibration)
+        raise InputError(f"calibration must be a Calibration; got {told}{remedy}")
 
 
 def check_input(calibration: Calibration, logits: Tensor, groups: Tensor | None) -> None:
     """Refuse logits and groups that do not fit the calibration; reads no values."""
     _checks.check_logits(logits, calibration.num_classes)
+    _checks.check_data("logits", logits)
     space, grid = logits.shape[2:], calibration.thresholds.shape
     if calibration.axes == ("location",) and grid != space:
         raise InputError(

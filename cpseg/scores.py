@@ -105,7 +105,7 @@ class APS:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _checks.check_integer("seed", self.seed)
+        _settle(self)
 
     @property
     def follows_logits(self) -> bool:
@@ -168,9 +168,9 @@ class RAPS:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _checks.check_weight("penalty", self.penalty)
-        _checks.check_integer("k_reg", self.k_reg, 0)
-        _checks.check_integer("seed", self.seed)
+        object.__setattr__(self, "penalty", _checks.check_weight("penalty", self.penalty))
+        object.__setattr__(self, "k_reg", _checks.check_integer("k_reg", self.k_reg, 0))
+        _settle(self)
 
     @property
     def follows_logits(self) -> bool:
@@ -236,8 +236,8 @@ class SAPS:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _checks.check_weight("weight", self.weight)
-        _checks.check_integer("seed", self.seed)
+        object.__setattr__(self, "weight", _checks.check_weight("weight", self.weight))
+        _settle(self)
 
     @property
     def follows_logits(self) -> bool:
@@ -346,7 +346,7 @@ class TopK:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _checks.check_integer("seed", self.seed)
+        _settle(self)
 
     @property
     def follows_logits(self) -> bool:
@@ -592,6 +592,12 @@ def any_class(mask: Tensor) -> Tensor:
 def top_class(x: Tensor) -> Tensor:
     """The class with the largest logit, the first of equals; 0 where a logit is NaN. ``(N,)``."""
     return first_class(x == x.amax(0))
+
+
+def _settle(score: APS | RAPS | SAPS | TopK) -> None:
+    """Check what randomised scores share; a seed of numpy's becomes Python's."""
+    _checks.check_flag("randomized", score.randomized)
+    object.__setattr__(score, "seed", _checks.check_integer("seed", score.seed))
 
 
 def _draws(score: APS | RAPS, position: Tensor, like: Tensor) -> Tensor | None:

@@ -540,6 +540,46 @@ def test_groups_without_a_finite_threshold_are_named(
     text = str(made(kind, alpha=0.01, fallback=fallback).guarantee)
     assert told in text
     assert "Nothing is promised" not in text
+    assert "end of the score's range" not in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("split", "The threshold lies at the end of the score's range: every set is full."),
+        ("class", ("For class 1 the threshold lies at the end of the score's range: kept in every "
+         "set.")),
+        ("group", ("For group 1 the threshold lies at the end of the score's range: every set there "
+         "is full.")),
+    ],
+)  # fmt: skip
+def test_a_finite_threshold_that_nothing_exceeds_is_named(kind: str, told: str) -> None:
+    calibration = made(kind)
+    thresholds = torch.full_like(calibration.thresholds, 0.5)
+    thresholds[0 if kind == "split" else 1] = 1.0
+    at_the_end = replace(calibration, thresholds=thresholds)
+    assert told in at_the_end.guarantee.exceptions
+    before = replace(at_the_end, thresholds=thresholds.nextafter(torch.zeros(())))
+    assert "end of the score's range" not in str(before.guarantee)
+    logits = torch.zeros(1, C, 2).index_fill(1, torch.tensor(0), 200.0)  # the others score 1
+    groups = torch.tensor([0, 1]) if kind == "group" else None
+    full = PixelSetPredictor(at_the_end)(logits, groups)
+    assert full.sum().item() == {"split": 8, "class": 4, "group": 5}[kind]
+    assert PixelSetPredictor(before)(logits, groups).sum().item() == 2
+
+
+def test_an_overconfident_model_of_many_classes_is_told_that_its_sets_are_full() -> None:
+    # One image in two has its class at probability 0: within the tolerance of 1.
+    logits = torch.zeros(30, 150, 4)
+    logits[:, 0] = 40.0
+    labels = torch.zeros(30, 4, dtype=torch.int64)
+    labels[::2] = 7
+    calibration = SplitCalibrator().update(logits, labels).compute(0.1)
+    assert calibration.thresholds.isfinite().all()
+    assert PixelSetPredictor(calibration)(logits).all()
+    assert "every set is full." in str(calibration.guarantee)
+    ranked = SplitCalibrator(TopK()).update(logits, labels).compute(0.1)
+    assert "every set is full." not in str(ranked.guarantee)
 
 
 def test_groups_with_a_fallback_are_named_and_promised_nothing() -> None:

@@ -740,7 +740,7 @@ def test_arguments_of_a_wrong_kind_are_named_in_one_line() -> None:
         ),
         (
             lambda: seen.compute(torch.tensor(0.1)),
-            "alpha must be one number or one per class; got Tensor",
+            "alpha must be one number or one per class; got Tensor. Pass its tolist()",
         ),
         (
             lambda: seen.compute(0.1, fallback=0.5),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -29,10 +30,11 @@ from cpseg import (
     Calibration,
     Margin,
     Singleton,
+    SplitCalibrator,
     TopK,
 )
 from cpseg.errors import InputError
-from cpseg.filters import AreaGuard, AreaWarning, Decision, Reason, each_class
+from cpseg.filters import AreaGuard, AreaWarning, Decision, Reason, Top, each_class
 from cpseg.morphology import dilate
 from cpseg.protocols import Score
 
@@ -620,8 +622,9 @@ def test_the_guard_warns_and_abstains_from_a_class_in_the_image_it_floods(
         warned = _guarded(kind, AreaGuard(slack=0.0))(logits)
     assert [warning.filename for warning in record] == [__file__]
     assert warned.tolist() == plain.tolist()
-    with pytest.warns(AreaWarning, match="abstained$"):
+    with pytest.warns(AreaWarning, match="abstained$") as asked:
         decision = _guarded(kind, AreaGuard(slack=0.0, action="abstain")).decide(logits)
+    assert [warning.filename for warning in asked] == [__file__]
     assert decision.labels[:2].tolist() == plain[:2].tolist()
     assert decision.labels[2].tolist() == [255] * 5 + [0] * 5
     assert decision.counts()["guarded"] == 5
@@ -677,6 +680,10 @@ def test_the_guard_does_not_take_abstention_for_a_class(ignore_index: int) -> No
             ),
             "background must be a class, below 3; got 3",
         ),
+        (
+            lambda: Argmax(calibrated([0.5]), guard="abstain"),  # type: ignore[arg-type]
+            "guard must be an AreaGuard or None; got 'abstain'",
+        ),
         (lambda: AtMost(calibrated([0.5]), k=0), "k must be an integer >= 1; got 0"),
         (lambda: AtMost(calibrated([0.5]), k=True), "k must be an integer >= 1; got True"),
         (lambda: AreaGuard(factor=-1.0), "factor must be finite and >= 0; got -1.0"),
@@ -691,6 +698,27 @@ def test_a_filter_that_cannot_work_is_refused(make: Callable[[], object], messag
     with pytest.raises(InputError) as refusal:
         make()
     assert str(refusal.value) == message
+
+
+FORGOTTEN = [
+    (SplitCalibrator(), "SplitCalibrator. Call its compute(alpha) first"),
+    (None, "NoneType"),
+    (Calibration, "the class Calibration"),
+]
+
+
+@pytest.mark.parametrize("kind", [Argmax, Top, BackgroundPriority, Singleton, AtMost])
+@pytest.mark.parametrize(("given", "told"), FORGOTTEN)
+def test_a_filter_names_the_step_that_was_forgotten(kind: Any, given: object, told: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        kind(given, *([2] if kind is AtMost else []))
+    assert str(refusal.value) == f"calibration must be a Calibration; got {told}"
+
+
+def test_integers_of_numpy_become_pythons() -> None:
+    two: Any = np.int64(2)
+    assert type(BackgroundPriority(calibrated([0.5]), two).background) is int
+    assert type(AtMost(calibrated([0.5]), two).k) is int
 
 
 @every_filter
@@ -740,6 +768,18 @@ def test_a_filter_that_cannot_work_is_refused(make: Callable[[], object], messag
             None,
             "logits must have spatial shape (6, 4), the calibration's locations; got (4, 6)",
         ),
+        (
+            (),
+            torch.zeros(2, 5, 6, device="meta"),
+            None,
+            "logits must hold data; got a tensor on the device meta, which has none",
+        ),
+        (
+            (),
+            torch.zeros(2, 5, 6).to_sparse(),
+            None,
+            "logits must be a dense tensor; got layout torch.sparse_coo",
+        ),
     ],
 )
 def test_input_that_does_not_fit_is_refused_in_one_line(
@@ -778,6 +818,24 @@ def test_each_class_refuses_what_are_no_sets() -> None:
         each_class(partial(dilate, radius=1), torch.zeros(2, 3, 4))
     with pytest.raises(InputError, match="a spatial axis"):
         each_class(partial(dilate, radius=1), torch.zeros(2, 3, dtype=torch.bool))
+    with pytest.raises(InputError, match=r"^sets must be a torch tensor; got list$"):
+        each_class(partial(dilate, radius=1), [[True]])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("operation", "told"),
+    [
+        (lambda masks: masks[:, :3], r"torch\.bool \(6, 3\)"),
+        (lambda masks: masks.float(), r"torch\.float32 \(6, 4\)"),
+    ],
+)
+def test_each_class_refuses_what_makes_no_masks(
+    operation: Callable[[Tensor], Tensor], told: str
+) -> None:
+    with pytest.raises(
+        InputError, match=rf"^operation must return bool masks \(6, 4\); got {told}$"
+    ):
+        each_class(operation, torch.zeros(2, 3, 4, dtype=torch.bool))
 
 
 def test_a_guard_takes_an_empty_batch() -> None:

@@ -162,6 +162,13 @@ def test_a_ball_grows_and_shrinks_a_mask(labels: Tensor, radius: float) -> None:
     assert erode(~mask, radius).tolist() == (~grown).tolist()
 
 
+@pytest.mark.parametrize("shape", [(2, 90), (2, 40, 33), (1, 14, 9, 17)])
+@pytest.mark.parametrize("radius", [4, 7.3, 12, 29**0.5, 1e300])
+def test_a_mask_grows_to_all_within_the_radius(shape: tuple[int, ...], radius: float) -> None:
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.01
+    assert dilate(mask, radius).equal(distance_transform(mask) <= radius)
+
+
 def test_a_mask_that_fills_the_picture_is_not_eroded() -> None:
     mask = torch.ones(1, 3, 4, dtype=torch.bool)
     assert erode(mask, 2).all()

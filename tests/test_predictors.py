@@ -312,3 +312,10 @@ def test_the_scores_of_calibration_data_are_covered_as_often_as_promised() -> No
             inside = torch.ones_like(groups) if group is None else (groups == group).long()
             share = (missed * inside).flatten(1).sum(1) / inside.flatten(1).sum(1)
             assert float(share.mean()) <= (alpha * (n + 1) - 1) / n + 1e-6
+
+
+def test_logits_without_data_are_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"^logits must hold data; got a tensor on the device meta"
+    ):
+        PixelSetPredictor(computed("split", LAC()))(torch.zeros(2, C, device="meta"))

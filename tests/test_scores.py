@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp, inf, nan
 from shutil import which
+from typing import Any
 
 import numpy as np
 import pytest
@@ -459,12 +460,26 @@ def test_labels_on_another_device_are_refused() -> None:
         (lambda: TopK(seed=True), "seed must be an integer; got True"),
         (lambda: SAPS(seed=None), "seed must be an integer; got None"),  # type: ignore[arg-type]
         (lambda: RAPS(seed="0"), "seed must be an integer; got '0'"),  # type: ignore[arg-type]
+        (lambda: APS(randomized=1), "randomized must be True or False; got 1"),  # type: ignore[arg-type]
+        (lambda: RAPS(randomized=None), "randomized must be True or False; got None"),  # type: ignore[arg-type]
+        (lambda: SAPS(randomized="no"), "randomized must be True or False; got 'no'"),  # type: ignore[arg-type]
+        (lambda: TopK(randomized=0), "randomized must be True or False; got 0"),  # type: ignore[arg-type]
     ],
 )
 def test_wrong_parameters_are_refused(make: Callable[[], Score], message: str) -> None:
     with pytest.raises(InputError) as caught:
         make()
     assert str(caught.value) == message
+
+
+def test_numbers_of_numpy_become_pythons() -> None:
+    seed: Any = np.int64(-3)
+    rank: Any = np.uint8(2)
+    raps = RAPS(penalty=np.float64(0.25), k_reg=rank, seed=seed)
+    assert repr(raps) == "RAPS(penalty=0.25, k_reg=2, randomized=False, seed=-3)"
+    assert repr(SAPS(np.float64(0.5), seed=seed)) == "SAPS(weight=0.5, randomized=False, seed=-3)"
+    assert repr(APS(seed=seed)) == "APS(randomized=False, seed=-3)"
+    assert repr(TopK(seed=seed)) == "TopK(randomized=False, seed=-3)"
 
 
 # --- the same bits, however the data is cut ------------------------------------------------------
