@@ -35,7 +35,7 @@ def main() -> None:
     for name, short in CASES:
         size = [str(side) for side in given.size]
         command = [sys.executable, __file__, "--case", name, str(short), "--size", *size]
-        answer = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
+        answer = subprocess.run(command, check=True, capture_output=True, text=True)
         found = json.loads(answer.stdout)
         beside = found["peak"] - found["weights"] - found["idle"]
         print(

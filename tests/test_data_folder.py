@@ -134,3 +134,54 @@ def test_split_files_with_nothing_to_read_are_refused(tmp_path: Path) -> None:
         read_split(tmp_path / "empty.txt")
     with pytest.raises(InputError, match="pairs must hold"):
         folder(tmp_path)
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(FileError, match="text in UTF-8"):
+        read_split(tmp_path / "bytes.txt")
+
+
+def test_columns_are_parted_by_a_space_or_a_tab(tmp_path: Path) -> None:
+    (tmp_path / "split.txt").write_text("a.jpg\ta.png\nb.jpg  b c.png \nc.jpg\n")
+    pairs = [("a.jpg", "a.png"), ("b.jpg", "b c.png"), ("c.jpg", None)]
+    assert read_split(tmp_path / "split.txt") == pairs
+
+
+def test_headers_tell_of_every_file_but_not_of_ids(root: Path) -> None:
+    whole = (root / "images" / "a.png").read_bytes()
+    (root / "images" / "cut.png").write_bytes(whole[:-30])
+    image_module.open(root / "images" / "a.png").save(root / "images" / "a.jpg")
+    jpeg = (root / "images" / "a.jpg").read_bytes()
+    (root / "images" / "long.jpg").write_bytes(jpeg + b"more")  # as some cameras leave them
+    (root / "images" / "cut.jpg").write_bytes(jpeg[: len(jpeg) - 40])
+    (root / "images" / "empty.png").write_bytes(b"")
+    picture(root / "masks" / "rgb.png", np.zeros((4, 5, 3), dtype=np.uint8))
+    picture(root / "masks" / "small.png", IDS[:3])
+    picture(root / "masks" / "ids.png", IDS + 7)
+    bad = folder(
+        root,
+        ("images/a.png", "masks/ids.png"),
+        ("images/a.jpg", "masks/a.png"),
+        ("images/long.jpg", "masks/b.png"),
+        ("images/gone.png", "masks/gone.png"),
+        ("images/cut.png", None),
+        ("images/cut.jpg", None),
+        ("images/empty.png", None),
+        ("images/a.png", "masks/rgb.png"),
+        ("images/a.png", "masks/small.png"),
+    )
+    expected = [
+        ("images/gone.png", "is missing"),
+        ("masks/gone.png", "is missing"),
+        ("images/cut.png", "is damaged or no picture"),
+        ("images/cut.jpg", "is damaged or no picture"),
+        ("images/empty.png", "is damaged or no picture"),
+        ("masks/rgb.png", "must be a mask of ids, gray or with a palette; got mode RGB"),
+        ("masks/small.png", "must be of its image's size, 4 x 5; got 3 x 5"),
+    ]
+    found = bad.faults(range(len(bad)))
+    assert len(found) == len(expected), found
+    for line, (name, why) in zip(found, expected, strict=True):
+        assert name in line
+        assert why in line
+    with pytest.raises(FileError, match="9 sound images; got 7 that are not") as error:
+        bad.check()
+    assert "masks/gone.png is missing" in str(error.value)  # with its image, not after it

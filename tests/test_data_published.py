@@ -5,6 +5,7 @@ import json
 import pickle
 from dataclasses import replace
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from scipy import io
 
+from cpseg import data
 from cpseg.data import (
     CITYSCAPES_IDS,
     COCO_STUFF_IDS,
@@ -225,3 +227,9 @@ def test_torch_reads_what_the_folder_gives(tmp_path: Path) -> None:
     image, labels = folder[0]
     assert (image.dtype, labels.dtype) == (torch.uint8, torch.int64)
     assert image.shape == (3, 1, 2)
+
+
+def test_no_function_hides_a_module() -> None:
+    for name in ("voc2012", "ade20k", "coco", "cityscapes"):
+        assert find_spec(f"cpseg.data.{name}") is None
+        assert callable(getattr(data, name))

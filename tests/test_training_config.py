@@ -233,7 +233,7 @@ def miniature(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[s
         return [labeled] if denominator > 1 else [labeled, unlabeled]
 
     for few in (published_split, ade20k_labeled):
-        monkeypatch.setattr(sys.modules[f"cpseg.data.{name}"], few.__name__, few, raising=False)
+        monkeypatch.setattr(sys.modules[f"cpseg.data._{name}"], few.__name__, few, raising=False)
     return names
 
 

@@ -65,6 +65,7 @@ spec.loader.exec_module(tests)
 for step in tests.trainer(Path(sys.argv[2]), tests.CONFIG).steps(resume=sys.argv[4] == "True"):
     if step.number == int(sys.argv[3]):
         break
+torch.distributed.barrier()  # or one may leave while the other still speaks
 torch.distributed.destroy_process_group()
 """
 
@@ -131,7 +132,7 @@ def test_a_run_of_one_goes_on_as_two_with_the_next_samples_and_says_what_differs
             break
     start = load_checkpoint(tmp_path / "one" / "last.pt")
     said = run_two(tmp_path / "one", last=6, resume=True)
-    assert "written by 1 processes and is resumed by 2" in said
+    assert "written by 1 process and is resumed by 2" in said
     assert "2 labeled and 4 unlabeled images instead of 1 and 2" in said
     # From there on, two processes are one with twice the batch.
     doubled = replace(CONFIG, labeled_batch=2, unlabeled_batch=4)

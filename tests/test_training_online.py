@@ -121,3 +121,20 @@ def test_an_annotator_with_other_classes_is_refused_before_anything_is_written(
         online_run(tmp_path, Frozen(60)).fit()
     assert not (tmp_path / "last.pt").exists()
     assert (tmp_path / "log.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (lambda image: torch.zeros(len(image), 5, 5, dtype=torch.int64), r"got \(2, 5, 5\)"),
+        (lambda image: image.long(), r"shape \(2, 20, 24\), one per pixel; got \(2, 3, 20, 24\)"),
+        (lambda image: image[:, 0], "annotator's labels must"),
+    ],
+)
+def test_an_annotator_without_a_label_per_pixel_is_refused(
+    tmp_path: Path, labels: Any, message: str
+) -> None:
+    run = online_run(tmp_path, Frozen(6))
+    run.annotator = labels
+    with pytest.raises(InputError, match=message):
+        run.fit()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cpseg import LAC, ClassConditionalCalibrator, Margin, Singleton, SplitCalibrator
+from cpseg.annotators.images import check_images
 from cpseg.calibration import Calibration
 from cpseg.data import SegmentationFolder, read_split
 from cpseg.errors import FileError, InputError
@@ -112,19 +113,32 @@ def test_an_online_annotator_undoes_the_normalization_and_goes_in_chunks() -> No
     seen: list[Tensor] = []
 
     def annotate(images: Tensor) -> Tensor:
+        check_images(images)  # what the annotators of cpseg ask for
         seen.append(images)
         assert not torch.is_grad_enabled()
-        return torch.stack((images[:, 0], 255 - images[:, 0], images[:, 0] - 300), 1) / 10
+        return annotate_(images)
 
     raw = torch.randint(0, 256, (5, 3, 4, 6), generator=torch.Generator().manual_seed(0))
     keep = Singleton(calibration())
     online = OnlineAnnotator(annotate, keep, chunk=2)
     labels = online(Normalize()(raw.float() / 255).requires_grad_())
     assert [len(part) for part in seen] == [2, 2, 1]
-    assert torch.allclose(torch.cat(seen), raw.float(), atol=1e-3)
+    assert torch.equal(torch.cat(seen), raw.to(torch.uint8))
     assert labels.dtype == torch.int64
     assert torch.equal(labels, torch.cat([keep(annotate_(raw)) for raw in raw[:, None]]).long())
     assert online(torch.zeros(0, 3, 4, 6)).shape == (0, 4, 6)
+
+
+def test_an_annotator_of_ones_own_may_take_floats() -> None:
+    seen: list[Tensor] = []
+    raw = torch.rand((2, 3, 4, 6), generator=torch.Generator().manual_seed(0))
+
+    def annotate(images: Tensor) -> Tensor:
+        seen.append(images)
+        return annotate_(255 * images)
+
+    OnlineAnnotator(annotate, Singleton(calibration()), scale=1.0)(Normalize()(raw))
+    assert torch.allclose(torch.cat(seen), raw, atol=1e-6)
 
 
 def annotate_(images: Tensor) -> Tensor:
@@ -135,9 +149,9 @@ def annotate_(images: Tensor) -> Tensor:
 def test_an_online_annotator_refuses_another_grid_and_another_number_of_classes() -> None:
     keep = Singleton(calibration(per_class=True))
     with pytest.raises(InputError, match="annotator must return logits of"):
-        OnlineAnnotator(lambda x: x[..., ::2, :], keep)(torch.zeros(1, 3, 4, 6))
+        OnlineAnnotator(lambda x: x[..., ::2, :].float(), keep)(torch.zeros(1, 3, 4, 6))
     with pytest.raises(InputError, match="C = 3 classes"):
-        OnlineAnnotator(lambda x: x[:, :2], keep)(torch.zeros(1, 3, 4, 6))
+        OnlineAnnotator(lambda x: x[:, :2].float(), keep)(torch.zeros(1, 3, 4, 6))
 
 
 def test_a_threshold_per_class_keeps_what_the_sets_hold() -> None:

@@ -1,13 +1,13 @@
 """Images with labels: what calibration and training read."""
 
-from cpseg.data.ade20k import ade20k, ade20k_labeled
-from cpseg.data.cityscapes import CITYSCAPES_IDS, cityscapes
-from cpseg.data.coco import COCO_STUFF_IDS, COCO_THING_IDS, coco
+from cpseg.data._ade20k import ade20k, ade20k_labeled
+from cpseg.data._cityscapes import CITYSCAPES_IDS, cityscapes
+from cpseg.data._coco import COCO_STUFF_IDS, COCO_THING_IDS, coco
+from cpseg.data._voc2012 import voc2012
 from cpseg.data.folder import FolderReport, SegmentationFolder, read_split
 from cpseg.data.splits import published_split, published_splits
 from cpseg.data.synthetic import SyntheticShapes
 from cpseg.data.transforms import ColorJitter, RandomCrop, Tint, Warp
-from cpseg.data.voc2012 import voc2012
 
 __all__ = [
     "CITYSCAPES_IDS",

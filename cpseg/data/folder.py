@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,26 +15,30 @@ from torch.utils.data import Dataset
 from cpseg import _checks
 from cpseg.errors import FileError, InputError, MissingExtraError
 
+_MASK_MODES = ("L", "P", "1", "I", "I;16")
+
 __all__ = ["FolderReport", "SegmentationFolder", "read_image", "read_mask", "read_split"]
 
 
 def read_split(path: str | os.PathLike[str]) -> list[tuple[str, str | None]]:
     """The lines of a split file: an image's path, and its mask's where there is a second column.
 
-    A line is cut at its first space. Empty lines do not count.
+    A line is cut at its first space or tab. Empty lines do not count.
 
     Raises:
-        FileError: If the file is missing or holds no line.
+        FileError: If the file is missing, no text or holds no line.
     """
     try:
         text = Path(path).read_text("utf-8")
     except OSError as error:
         raise FileError(f"{path} must be a split file; {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} must be a split file, text in UTF-8; {error}") from error
     pairs: list[tuple[str, str | None]] = []
     for line in map(str.strip, text.splitlines()):
         if line:
-            image, _, mask = line.partition(" ")
-            pairs.append((image, mask.strip() or None))
+            image, *mask = line.split(maxsplit=1)
+            pairs.append((image, mask[0] if mask else None))
     if not pairs:
         raise FileError(f"{path} must hold at least one line; got none")
     return pairs
@@ -171,10 +175,7 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
             source = str(Path(self.root) / mask_path)
             labels = self._labels(read_mask(Path(source)))
         if tuple(labels.shape) != size:
-            raise FileError(
-                f"{source} must be of its image's size, {size[0]} x {size[1]}; "
-                f"got {' x '.join(map(str, labels.shape))}"
-            )
+            raise FileError(_other_size(source, size, tuple(labels.shape)))
         wrong = labels[
             (labels != self.ignore_index) & ((labels < 0) | (labels >= self.num_classes))
         ]
@@ -197,6 +198,45 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
             labels[ids == old] = new
         return labels
 
+    def has_labels(self) -> bool:
+        """Whether any image has a mask or labels from elsewhere, read or not."""
+        return self.load_labels is not None or any(mask is not None for _, mask in self.pairs)
+
+    def faults(self, indices: Iterable[int]) -> list[str]:
+        """What is wrong with the files of some images, as far as their headers tell, by name.
+
+        Whether a file is there, a picture, whole, of the right kind, and whether a mask is of its
+        image's size. A PNG or JPEG that ends as one does counts as whole; any other file is read.
+        Ids are not looked at, nor what ``load_labels`` reads: that is :meth:`check`.
+
+        Args:
+            indices: Which images.
+
+        Returns:
+            One line per file that is wrong.
+        """
+        found: list[str] = []
+        for index in indices:
+            image, mask = self.pairs[index]
+            size: tuple[int, int] | None = None
+            try:
+                _, size = _glance(Path(self.root) / image)
+            except FileError as error:
+                found.append(str(error))
+            if mask is None or self.load_labels is not None:
+                continue
+            path = Path(self.root) / mask
+            try:
+                mode, own = _glance(path)
+            except FileError as error:
+                found.append(str(error))
+                continue
+            if mode not in _MASK_MODES:
+                found.append(_no_mask(path, mode))
+            elif size not in (None, own):
+                found.append(_other_size(path, size, own))
+        return found
+
     def check(self) -> FolderReport:
         """Open every file, and say what was found.
 
@@ -207,12 +247,13 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         sizes: Counter[tuple[int, int]] = Counter()
         pixels: Counter[int] = Counter()
         faults: list[str] = []
-        masks = 0
+        masks = wrong = 0
         for index, (_, mask) in enumerate(self.pairs):
             try:
                 image, labels = self[index]
             except (FileError, InputError) as error:
-                faults.append(str(error))
+                wrong += 1
+                faults.extend(dict.fromkeys((str(error), *self.faults((index,)))))
                 continue
             sizes[(image.shape[1], image.shape[2])] += 1
             if mask is not None or self.load_labels is not None:
@@ -221,7 +262,7 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
                 pixels.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
         if faults:
             raise FileError(
-                f"{self.root} must hold {len(self)} sound images; got {len(faults)} that are not:\n"
+                f"{self.root} must hold {len(self)} sound images; got {wrong} that are not:\n"
                 + "\n".join(faults)
             )
         return FolderReport(len(self), masks, dict(sizes), dict(pixels))
@@ -256,18 +297,54 @@ def read_mask(path: Path) -> Tensor:
     elif mode in ("I", "I;16"):
         ids = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32).long()
     else:
-        raise FileError(f"{path} must be a mask of ids, gray or with a palette; got mode {mode}")
+        raise FileError(_no_mask(path, mode))
     return ids.view(height, width)
 
 
-def _open(path: Path) -> Any:
-    """A picture, read to its end; whatever is wrong with the file is one error that names it."""
+def _no_mask(path: Path, mode: str) -> str:
+    return f"{path} must be a mask of ids, gray or with a palette; got mode {mode}"
+
+
+def _other_size(source: object, size: tuple[int, ...], own: tuple[int, ...]) -> str:
+    return (
+        f"{source} must be of its image's size, {size[0]} x {size[1]}; "
+        f"got {' x '.join(map(str, own))}"
+    )
+
+
+def _glance(path: Path) -> tuple[str, tuple[int, int]]:
+    """A picture's mode, height and width, from its header, and that it is not cut short.
+
+    Raises:
+        FileError: If the file is missing or damaged.
+    """
+    image = _open(path, whole=False)
+    if not _ends(path, image.format):
+        _open(path)
+    width, height = cast("tuple[int, int]", image.size)
+    return cast("str", image.mode), (height, width)
+
+
+def _ends(path: Path, kind: str) -> bool:
+    """Whether the file's last bytes are those of its kind; False where they settle nothing."""
+    end = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}.get(kind)
+    if end is None:
+        return False
+    with path.open("rb") as file:
+        file.seek(-len(end), os.SEEK_END)
+        return file.read() == end
+
+
+def _open(path: Path, *, whole: bool = True) -> Any:
+    """A picture, to its end or its header alone; any fault is one error that names the file."""
     try:
         pillow: Any = import_module("PIL.Image")
     except ImportError as error:
         raise MissingExtraError("pictures need Pillow; install it with cpseg[data]") from error
     try:
         with pillow.open(path) as image:
+            if not whole:
+                return image  # closed, and still of a mode, size and format
             image.load()
             return image.copy()
     except FileNotFoundError as error:

@@ -23,9 +23,9 @@ replaces fields of the :class:`~cpseg.training.objective.Stage` of that name, ``
 :class:`~cpseg.data.transforms.ColorJitter`, ``student`` those of
 :class:`~cpseg.training.students.UNet`.
 
-A data set with the key ``dataset`` is one of :func:`~cpseg.data.voc2012.voc2012`,
-:func:`~cpseg.data.ade20k.ade20k`, :func:`~cpseg.data.coco.coco` and
-:func:`~cpseg.data.cityscapes.cityscapes`, and gives its arguments; the part is that of its place in
+A data set with the key ``dataset`` is one of :func:`~cpseg.data.voc2012`,
+:func:`~cpseg.data.ade20k`, :func:`~cpseg.data.coco` and
+:func:`~cpseg.data.cityscapes`, and gives its arguments; the part is that of its place in
 the file. Without it, ``split`` is a split file, read by :meth:`SegmentationFolder.from_split
 <cpseg.data.folder.SegmentationFolder.from_split>`. ``store`` is the folder of a
 :class:`~cpseg.training.plugin.PseudoLabelStore` that holds the labels instead of masks. Relative

@@ -176,6 +176,7 @@ class TwoStageObjective:
         stages: One after the other.
         ignore_index: Label of pixels that do not count.
         seed: Of CutMix and dropped channels, with the step.
+        num_classes: How many classes the student must have; None: not checked.
 
     Examples:
         >>> objective = TwoStageObjective((Stage(name="external", steps=10),))
@@ -191,6 +192,7 @@ class TwoStageObjective:
     stages: tuple[Stage, ...]
     ignore_index: int = 255
     seed: int = 0
+    num_classes: int | None = None
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -265,13 +267,14 @@ class TwoStageObjective:
             share: What to make of denominators, such as the mean over processes.
 
         Raises:
-            InputError: If the batch lacks what the stage needs.
+            InputError: If the batch lacks what the stage needs, or the student has another number
+                of classes.
         """
         stage, progress = self.stage_at(step)
         if stage.source == "teacher" and labeler is None:
             raise InputError('labeler must be the teacher for source "teacher"; got None')
         if stage.source == "none" or batch.weak.shape[0] == 0:
-            logits = logits_of(student(batch.images), _size(batch.labels))
+            logits = self._logits(student(batch.images), batch)
             labeled = self._cross_entropy(logits, batch.labels, "kept", share=share)
             nothing = torch.zeros((), device=labeled.device)
             return StepOutput(
@@ -289,7 +292,7 @@ class TwoStageObjective:
         generator = generator_for(self.seed, "perturb", step, part)
         with _dropped(student, stage.perturb, perturbed, generator):
             output = student(torch.cat((batch.images, *(view.images for view in views))))
-        logits = logits_of(output, _size(batch.labels))
+        logits = self._logits(output, batch)
         parts = torch.split(logits, [len(batch.images), *(len(view.images) for view in views)])
         labeled = self._cross_entropy(parts[0], batch.labels, "kept", share=share)
         losses = [
@@ -316,6 +319,14 @@ class TwoStageObjective:
                 "kept": share_kept,
             },
         )
+
+    def _logits(self, output: object, batch: Batch) -> Tensor:
+        logits = logits_of(output, _size(batch.labels))
+        if self.num_classes not in (None, logits.shape[1]):
+            raise InputError(
+                f"student must give logits of {self.num_classes} classes; got {logits.shape[1]}"
+            )
+        return logits
 
     def _views(
         self, stage: Stage, batch: Batch, found: Targets, step: int, part: int

@@ -243,14 +243,15 @@ class OnlineAnnotator:
             if it is a module.
         keep: Logits to labels, 255 where it abstains: a filter.
         normalize: What was done to the student's images; undone first.
-        scale: Highest value of the annotator's images: 255 for most, 1 for some.
+        scale: Highest value of an annotator's images that are floats; None: it takes uint8, as
+            all of :mod:`cpseg.annotators` do.
         chunk: How many images it sees at once.
     """
 
     annotator: Annotator
     keep: Callable[[Tensor], Tensor]
     normalize: Normalize = Normalize()
-    scale: float = 255.0
+    scale: float | None = None
     chunk: int = 4
 
     def __post_init__(self) -> None:
@@ -266,8 +267,11 @@ class OnlineAnnotator:
         """
         found: list[Tensor] = []
         with torch.no_grad():
-            for part in torch.split(images, self.chunk):
-                logits = self.annotator(self.normalize.undo(part).clamp(0, 1) * self.scale)
+            for part in torch.split(images, self.chunk) if len(images) else ():
+                shown = self.normalize.undo(part).clamp(0, 1) * (self.scale or 255)
+                logits = self.annotator(
+                    shown.round().to(torch.uint8) if self.scale is None else shown
+                )
                 _checks.check_logits(logits)
                 if logits.shape[2:] != images.shape[2:]:
                     raise InputError(

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
 
+from cpseg import _checks
+from cpseg.data.folder import SegmentationFolder
 from cpseg.data.transforms import ColorJitter, RandomCrop
 from cpseg.errors import FileError, InputError, StateError
 from cpseg.training.batches import Batches, BatchKey, Labeled, Normalize, load
@@ -104,7 +106,8 @@ class Trainer:
         device: Where to train; None: the process's GPU if there is one, else the CPU.
 
     Raises:
-        InputError: If a dataset is empty or missing, or ``head`` names no parameter.
+        InputError: If a dataset is empty or missing or has no labels where some are needed, or
+            ``head`` names no parameter.
     """
 
     def __init__(
@@ -122,7 +125,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.objective: TwoStageObjective = TwoStageObjective(
-            config.stages, config.ignore_index, config.seed
+            config.stages, config.ignore_index, config.seed, config.num_classes
         )
         self.directory: Path = Path(directory)
         self.validation = validation
@@ -135,6 +138,17 @@ class Trainer:
         self.device = wanted
         if unlabeled is None and any(stage.source != "none" for stage in config.stages):
             raise InputError("unlabeled must be a dataset where a stage uses one; got None")
+        external = any(stage.source == "external" or stage.merge for stage in config.stages)
+        for name, dataset, needed in (
+            ("labeled", labeled, True),
+            ("unlabeled", unlabeled, external and annotator is None),
+            ("validation", validation, True),
+        ):
+            if isinstance(dataset, SegmentationFolder) and needed and not dataset.has_labels():
+                raise InputError(
+                    f"{name} must have labels, from masks or load_labels; got {len(dataset)} "
+                    "images without"
+                )
         if validation is not None and len(validation) == 0:
             raise InputError("validation must hold at least one image; got none")
         self.batches: Batches = Batches(
@@ -183,8 +197,11 @@ class Trainer:
 
         Raises:
             StateError: If ``directory`` holds a run and ``resume`` is off.
-            FileError: If the checkpoint is damaged or of another configuration.
-            InputError: If the annotator's labels are no classes; before anything is written.
+            FileError: If the checkpoint is damaged or of another configuration, or the headers of
+                a :class:`~cpseg.data.folder.SegmentationFolder` show files that are wrong; all
+                are named, before anything is written.
+            InputError: If the annotator's labels are no classes, before a checkpoint is written,
+                or have another shape.
         """
         self._prepare(resume=resume)
         config, total = self.config, self.objective.steps
@@ -273,6 +290,7 @@ class Trainer:
 
     def _prepare(self, *, resume: bool) -> None:
         """Start afresh, or take over what the checkpoint holds."""
+        self._check_files()
         path = self.directory / "last.pt"
         if self.processes.rank == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -294,6 +312,25 @@ class Trainer:
         self.processes.wait()
         self._restore(path, state)
 
+    def _check_files(self) -> None:
+        """Each process looks at its share of the files; all of them raise for all that is wrong."""
+        rank, count = self.processes.rank, self.processes.count
+        own: list[str] = []
+        for name, dataset in (
+            ("labeled", self.batches.labeled),
+            ("unlabeled", self.batches.unlabeled),
+            ("validation", self.validation),
+        ):
+            if isinstance(dataset, SegmentationFolder):
+                found = dataset.faults(range(rank, len(dataset), count))
+                own.extend(f"{name}: {fault}" for fault in found)
+        faults = [fault for part in self.processes.all_of(own) for fault in cast("list[str]", part)]
+        if faults:
+            raise FileError(
+                f"datasets must hold sound files; got {len(faults)} that are not:\n"
+                + "\n".join(faults)
+            )
+
     def _restore(self, path: Path, state: dict[str, Any]) -> None:
         if state["run"] != self.config.fingerprint():
             raise FileError(f"{path} is of another configuration; resume with its own")
@@ -305,12 +342,13 @@ class Trainer:
         known: list[dict[str, Any]] = state["random"]
         if len(known) != self.processes.count and self.processes.rank == 0:
             _log.warning(
-                "%s was written by %d processes and is resumed by %d: a step sees %d labeled and "
+                "%s was written by %d process%s and is resumed by %d: a step sees %d labeled and "
                 "%d unlabeled images instead of %d and %d, the learning rate is unchanged, "
                 "dropout draws other numbers, and sums are rounded in another order. No sample is "
                 "skipped or repeated",
                 path,
                 len(known),
+                "" if len(known) == 1 else "es",
                 self.processes.count,
                 *(
                     size * self.config.accumulate * count
@@ -352,7 +390,15 @@ class Trainer:
         """The batch with the annotator's labels; values that are no classes are counted."""
         ignore = self.config.ignore_index
         with torch.no_grad():
-            found = annotator(batch.weak).long()
+            found = annotator(batch.weak)
+        _checks.check_integers("annotator's labels", found)
+        if found.shape != batch.external.shape:
+            raise InputError(
+                "annotator must return labels of shape "
+                f"{_checks.describe(batch.external.shape)}, one per pixel; "
+                f"got {_checks.describe(found.shape)}"
+            )
+        found = found.long()
         known = (found >= 0) & (found < self.config.num_classes)
         self._strange += (~known & (found != ignore)).sum()
         return replace(batch, external=torch.where(known, found, ignore))
