@@ -4,7 +4,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,10 @@ from cpseg.annotators import CachedAnnotator
 from cpseg.cli import main
 from cpseg.cli.console import progress
 from cpseg.cli.workers import one_thread
-from cpseg.training import FitResult
+from cpseg.training import Comparison, FitResult
+from cpseg.training.comparison import StudentResult
 
-SMALL = ["demo", "--calibration-images", "30", "--new-images", "5"]
+SMALL = ["demo", "--no-students", "--calibration-images", "30", "--new-images", "5"]
 
 
 def test_the_demo_prints_a_row_per_class_its_guarantee_and_what_was_kept(
@@ -146,8 +147,37 @@ def test_the_demo_explains_a_rule_that_is_worse_than_none(
 ) -> None:
     main([*SMALL, "--alpha", "0.05"])
     assert "this rule needs smaller sets" in " ".join(capsys.readouterr().out.split())
-    main(["demo", "--calibration-images", "60", "--new-images", "5", "--alpha", "0.4"])
+    main([*SMALL, "--calibration-images", "60", "--alpha", "0.4"])
     assert "this rule needs smaller sets" not in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_demo_ends_with_four_students(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Comparison] = []
+
+    def compare(
+        settings: Comparison, *, progress: Callable[[str, int], None]
+    ) -> Iterator[StudentResult]:
+        asked.append(settings)
+        for name, miou in (("labels only", 0.5), ("raw", 0.25), ("filtered", 0.625), ("both", 0.7)):
+            for step in range(settings.steps):
+                progress(name, step + 1)
+            yield StudentResult(name, miou, 0.5, 0.75)
+
+    monkeypatch.setattr("cpseg.cli.demo.compare_on_shapes", compare)
+    words = [word for word in SMALL if word != "--no-students"]
+    assert main([*words, "--seed", "2"]) == 0
+    told = capsys.readouterr()
+    (row,) = [line for line in told.out.splitlines() if line.startswith("filtered")]
+    assert row.split() == ["filtered", "50.0%", "75.0%", "62.5%"]
+    assert "no order is promised" in " ".join(told.out.split())
+    assert "train four students: 1200 steps in" in told.err
+    assert [(settings.steps, settings.seed) for settings in asked] == [(300, 2)]
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["students"]["raw"] == 0.25
+    assert main([*SMALL, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["students"] == {}
 
 
 def test_the_demo_gives_one_json_document_and_draws(

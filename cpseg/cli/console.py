@@ -23,11 +23,13 @@ class Meter:
     Args:
         total: How many there are.
         task: What is done to them.
+        counted: What they are.
     """
 
-    def __init__(self, total: int, task: str) -> None:
+    def __init__(self, total: int, task: str, counted: str = "images") -> None:
         self.total: int = total
         self.task: str = task
+        self.counted: str = counted
         self.done: int = 0
         self._start = time.monotonic()
         self._bar = sys.stderr.isatty()
@@ -47,7 +49,7 @@ class Meter:
         took = told(time.monotonic() - self._start)
         start = "\r" if self._bar else ""
         end = "\x1b[K" if self._bar else ""
-        sys.stderr.write(f"{start}{self.task}: {self.done} images in {took}{end}\n")
+        sys.stderr.write(f"{start}{self.task}: {self.done} {self.counted} in {took}{end}\n")
 
 
 def progress(items: Sequence[_Item], task: str) -> Iterator[_Item]:
