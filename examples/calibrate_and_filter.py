@@ -6,7 +6,6 @@ The picture shows one new image, the classes still possible, and the labels that
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -69,4 +68,4 @@ def main(words: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(main())
+    main()

@@ -7,7 +7,6 @@ of the labels themselves; the picture marks the certified point on the risk-cove
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,4 +70,4 @@ def main(words: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(main())
+    main()

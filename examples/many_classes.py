@@ -8,7 +8,6 @@ is still promised.
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -70,4 +69,4 @@ def main(words: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(main())
+    main()

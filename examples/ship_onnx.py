@@ -7,7 +7,6 @@ with what cpseg gives.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import onnxruntime
@@ -79,4 +78,4 @@ def main(words: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(main())
+    main()

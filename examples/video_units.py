@@ -8,7 +8,6 @@ video. The picture has both against what was promised.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -74,4 +73,4 @@ def main(words: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(main())
+    main()
