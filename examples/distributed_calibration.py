@@ -70,13 +70,14 @@ def work() -> None:
     calibration = whole.compute(alpha=0.1)
     fresh = range(IMAGES + rank, 2 * IMAGES, world)
     coverage = gather(measure(calibration, fresh))
-    print(f"process {rank} of {world} saw {len(range(rank, IMAGES, world))} images", flush=True)
     if rank == 0:
         alone = calibrate(range(IMAGES))
         assert same(whole.state_dict(), alone.state_dict())  # noqa: S101 - what is shown here
         assert torch.equal(calibration.thresholds, alone.compute(alpha=0.1).thresholds)  # noqa: S101
         of_all = measure(calibration, range(IMAGES, 2 * IMAGES))
         assert same(coverage.state_dict(), of_all.state_dict())  # noqa: S101
+        shares = [len(range(other, IMAGES, world)) for other in range(world)]
+        print(f"{world} processes saw {shares} images")
         print(f"all together: {calibration.num_units.tolist()} images per class")
         print(f"thresholds: {[round(value, 4) for value in calibration.thresholds.tolist()]}")
         print(f"coverage of new images: {coverage.compute().mean_of_images:.3f}")

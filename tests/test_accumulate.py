@@ -468,7 +468,7 @@ def test_the_example_runs_and_its_processes_equal_one() -> None:
         timeout=300,
     )
     lines = run.stdout.splitlines()
-    assert sorted(lines[:2]) == [f"process {rank} of 2 saw {21 - rank} images" for rank in (0, 1)]
+    assert lines[0] == "2 processes saw [21, 20] images"
     assert lines[-1] == "equal to one process, to the bit"
 
 
