@@ -59,4 +59,4 @@ def test_the_number_of_live_tensors_does_not_grow(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(*counts_after(Path(sys.argv[1])), sep="\n")
+    sys.stdout.write("\n".join(map(str, counts_after(Path(sys.argv[1])))))
