@@ -111,7 +111,8 @@ def clopper_pearson(losses: Tensor, alpha: float, delta: float = 0.1) -> Tensor:
     """The exact binomial p-value of losses that are 0 or 1.
 
     Guarantee:
-        That of :func:`hoeffding`; for such losses no valid p-value of their sum is smaller.
+        That of :func:`hoeffding`; for such losses no valid p-value that rises with their sum is
+        smaller.
 
     Args:
         losses: 0 or 1, one per unit. Shape ``(N,)``, or ``(N, K)`` for K risks.
@@ -204,8 +205,8 @@ def upper_bound(
     """What the mean lies below, by turning a p-value around on a grid of levels.
 
     Guarantee:
-        If the losses are independent draws from one distribution on [0, 1], its mean is at most
-        the result with probability at least ``1 - delta``, over the losses.
+        If the losses are independent draws from one distribution on [0, 1] and ``p_value`` is
+        valid at each level of the grid, the mean is at most the result with probability at least ``1 - delta``, over the losses.
 
     Args:
         losses: Values in [0, 1], one per unit. Shape ``(N,)``, or ``(N, K)`` for K risks.

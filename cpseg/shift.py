@@ -401,14 +401,14 @@ class WeightedCalibrator:
             The frozen calibration.
 
         Raises:
-            InputError: If nothing was seen, or all weights are 0.
+            InputError: If nothing was seen, all weights are 0, or their sum is infinite.
         """
         _checks.check_alpha(alpha)
         units = self._ordered([*self._units, *self._named.values()])
         weights = torch.tensor([unit[0] for unit in units], dtype=torch.float64)
-        if not len(units) or float(weights.sum()) <= 0:
+        if not len(units) or not 0 < float(weights.sum()) < inf:
             raise InputError(
-                f"weights must have a positive sum; got {len(units)} labelled images, "
+                f"weights must have a positive, finite sum; got {len(units)} labelled images, "
                 f"{int((weights > 0).sum())} of positive weight"
             )
         scores = torch.cat([unit[1] for unit in units])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom
 from torch import Tensor
 
 from cpseg import (
@@ -19,6 +20,7 @@ from cpseg import (
     AtMost,
     BackgroundPriority,
     Calibration,
+    ClassConditionalCalibrator,
     PixelSetPredictor,
     Singleton,
     SplitCalibrator,
@@ -29,6 +31,7 @@ from cpseg.bounds import clopper_pearson, hoeffding_bentkus
 from cpseg.calibration import _digest
 from cpseg.errors import FileError, InputError
 from cpseg.filters import AreaGuard, Top
+from cpseg.fitted import PAS, RC3P
 from cpseg.protocols import Score
 from cpseg.risk import (
     CoverageShare,
@@ -48,6 +51,7 @@ from cpseg.risk import (
     threshold_grid,
 )
 from cpseg.risk._rules import trial as make_trial
+from cpseg.scores import TopK
 
 C = 3
 GRID = torch.tensor([0.0, 0.1, 0.25, 0.5, 0.9, 1.0])
@@ -269,7 +273,32 @@ def test_betting_gives_the_same_whatever_the_order_units_came_in() -> None:
     assert len(results) == 1
 
 
-def test_units_are_tested_in_an_order_that_only_the_seed_decides() -> None:
+def test_betting_fails_no_more_often_than_stated_with_one_seed_for_all_draws() -> None:
+    # With the same shuffle of sorted losses in every draw, this seed fails in a fifth of them.
+    draws, n, alpha, delta = 200, 100, 0.1, 0.05
+    generator = torch.Generator().manual_seed(0)
+    failures = 0
+    for _ in range(draws):
+        labels = (torch.rand(n, generator=generator) < alpha).long()
+        logits = torch.stack((1 + torch.rand(n, generator=generator), torch.zeros(n)), 1)
+        control = RiskCalibrator(Miscoverage(), grid=torch.tensor([0.5])).update(logits, labels)
+        failures += control.compute(alpha, delta).thresholds.item() < 1
+    assert failures <= binom.ppf(0.9999, draws, delta)
+
+
+@pytest.mark.parametrize("fit", ["PAS", "RC3P"])
+def test_a_score_fitted_on_the_very_data_is_refused_as_by_other_calibrators(fit: str) -> None:
+    logits, labels = scene(4, batch=25)
+    tuning = ClassConditionalCalibrator(C, TopK()).update(logits, labels)
+    score = PAS.fit(tuning) if fit == "PAS" else RC3P.fit(tuning, 0.2)
+    same = RiskCalibrator(FalseNegativeRate(C), score).update(logits.flip(0), labels.flip(0))
+    assert same.fingerprint == tuning.fingerprint
+    with pytest.raises(InputError, match="score must be fitted on a split of its own"):
+        same.compute(0.2)
+    RiskCalibrator(FalseNegativeRate(C), score).update(logits[1:], labels[1:]).compute(0.2)
+
+
+def test_the_same_data_are_tested_in_an_order_that_only_the_seed_decides() -> None:
     logits, labels = scene(3, batch=40)
     seen: list[Tensor] = []
 
@@ -353,6 +382,27 @@ def test_error_among_kept_labels_is_found_from_a_tuned_start_and_from_several() 
     from_zero = Start(torch.tensor([0.0]))
     control = RiskCalibrator(KeptError(Argmax, 2), start=from_zero).update(*separable(150))
     assert control.compute(alpha=0.05, delta=0.1).thresholds.item() == -torch.inf
+
+
+@pytest.mark.parametrize("delta", [None, 0.1])
+def test_a_risk_of_ones_own_must_be_small_where_tests_fall_back_to(delta: float | None) -> None:
+    # Half of it is lost whatever sets are: +inf does not make it 0, as it does the built-in ones.
+    half = SetRisk(lambda sets, _: torch.full((len(sets),), 0.5), "half", monotone=True)
+    made = RiskCalibrator(half).update(*scene(0)).compute(0.1, delta)
+    assert made.thresholds.isinf().all()
+    assert "alpha" in made.guarantee.assumptions[-1]
+    assert "where every set holds every class" in made.guarantee.assumptions[-1]
+    plain = RiskCalibrator(Miscoverage()).update(*scene(0)).compute(0.1, delta)
+    assert "every set" not in " ".join(plain.guarantee.assumptions)
+
+
+def test_as_many_images_as_are_said_to_do_in_expectation_do() -> None:
+    logits = torch.tensor([[9.0, 0.0]] * 5)
+    labels = torch.zeros(5, dtype=torch.int64)
+    told = str(RiskCalibrator(Miscoverage()).update(logits, labels).compute(0.1).guarantee)
+    assert "fewer than 9 can never do. At the errors seen here about 9 would." in told
+    enough = RiskCalibrator(Miscoverage()).update(logits[:1].expand(9, 2), labels[:1].expand(9))
+    assert enough.compute(0.1).thresholds.isfinite().all()
 
 
 def test_where_nothing_can_be_certified_nothing_is_kept_and_it_says_what_would_do() -> None:
@@ -567,6 +617,9 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     own.update(logits, labels)
     with pytest.raises(InputError, match="start must be fitted on a split of its own"):
         own.compute(0.1, 0.1)
+    unknown = RiskCalibrator(KeptError(Argmax, C), start=Start(torch.tensor([torch.nan])))
+    with pytest.raises(InputError, match="start must have thresholds that are numbers; got NaN"):
+        unknown.compute(0.1, 0.1)
     two = RiskCalibrator(KeptError(Argmax, C), start=Start(torch.zeros(2)))
     with pytest.raises(InputError, match=r"start must have thresholds of shape \(1,\)"):
         two.compute(0.1, 0.1)
@@ -589,6 +642,10 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     state = RiskCalibrator(KeptRisk(flooded, Argmax, C, "flood")).state_dict()
     with pytest.raises(InputError, match="risk must be given: this was made with KeptRisk"):
         RiskCalibrator.from_state_dict(state)
+    with pytest.raises(
+        InputError, match="state must be version 2 of a RiskCalibrator; got version 1"
+    ):
+        RiskCalibrator.from_state_dict({**state, "version": 1})
     back = RiskCalibrator.from_state_dict(state, risk=KeptRisk(flooded, Argmax, C, "flood"))
     assert back.state_dict()["config"] == state["config"]
     with pytest.raises(InputError, match="risk must be the one that made this"):

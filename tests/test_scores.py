@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
+import cpseg._tiles
 from cpseg.errors import InputError
 from cpseg.protocols import Score
 from cpseg.scores import (
@@ -552,6 +553,16 @@ def test_large_images_are_walked_in_tiles_without_a_seam(case: Case) -> None:
     assert torch.equal(case.score.of_labels(logits[1:], labels[1:])[0], at_labels[1])
     flat = case.score(logits.flatten(2)).view_as(logits)
     assert torch.equal(flat, everywhere)
+
+
+@every_score
+def test_the_cut_into_tiles_changes_no_bit(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = normal(3, 5, 7, 30)
+    labels = some_labels(logits)
+    wanted = case.score(logits), case.score.of_labels(logits, labels)
+    monkeypatch.setattr(cpseg._tiles, "_EAGER", {"cpu": 5 * 32})  # a draw belongs to its position
+    assert torch.equal(case.score(logits), wanted[0])
+    assert torch.equal(case.score.of_labels(logits, labels), wanted[1])
 
 
 @every_score

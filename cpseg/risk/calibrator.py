@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
+from cpseg._calibrator import _mark
 from cpseg.accumulate import upward
 from cpseg.bounds import PValue, betting, fixed_sequence, least_units
 from cpseg.calibration import Calibration, Control, describe_score, score_from_description
@@ -85,8 +86,9 @@ class RiskCalibrator:
         ``1 - delta`` over the calibration images, the risk expected over a new one is at most
         alpha, if all are independent draws from one distribution. With one threshold per class
         that is said of each class by itself, unless ``simultaneous`` shares delta among them.
-        Nothing may have been chosen with the calibration labels: not alpha, delta, score, grid,
-        start or seed. ``Calibration.guarantee`` says which risk, of what.
+        Where nothing can be certified, sets are full or no label is kept: a risk of your own must
+        be at most alpha there. Nothing may have been chosen with the calibration labels: not
+        alpha, delta, score, grid, start or seed. ``Calibration.guarantee`` says which risk, of what.
 
     Args:
         risk: What to control.
@@ -95,7 +97,8 @@ class RiskCalibrator:
             the score's range. Choose it without the calibration labels.
         start: Where tests begin, fitted on a split of its own; None: at the safe end, or for
             :class:`KeptError` at four places that share delta.
-        seed: Of the order in which betting sees the units. It does not depend on how they came.
+        seed: Of the order in which betting sees the units. It is drawn anew for every set of
+            images, and does not depend on how they came.
         ignore_index: Label of pixels that do not count; no class.
         source: What the logits come from, if calibration must be tied to it.
 
@@ -139,6 +142,7 @@ class RiskCalibrator:
         self._units: dict[int, Tensor] = {}
         self._anonymous = 0
         self._faults = torch.zeros(2, dtype=torch.int64)
+        self._checksum = torch.zeros(2, dtype=torch.int64)
         self._max_share = torch.zeros(classes or 0, dtype=torch.float64)
 
     def update(
@@ -193,6 +197,9 @@ class RiskCalibrator:
             objects = None if instances is None else instances.long()
             batch = Batch(logits, wide * valid, valid, objects, grid, self.score, self.ignore_index)
             tallies = self.risk.tally(batch)
+            marks = _mark(batch.labels, logits.gather(1, batch.labels[:, None])[:, 0]).long()
+            bits = torch.stack((valid.sum(), (marks * valid).sum()))
+            self._checksum = self._checksum.to(bits.device) + bits
             self._note_shares(batch, classes)
         if ids is None:
             self._rows.append(tallies)
@@ -250,6 +257,7 @@ class RiskCalibrator:
         self.grid, self.num_classes = self._declared_grid, self._declared_classes
         self._rows, self._units, self._anonymous = [], {}, 0
         self._faults = torch.zeros(2, dtype=torch.int64)
+        self._checksum = torch.zeros(2, dtype=torch.int64)
         self._max_share = torch.zeros(self._declared_classes or 0, dtype=torch.float64)
         return self
 
@@ -261,13 +269,14 @@ class RiskCalibrator:
         ids = sorted(self._units)
         return {
             "kind": type(self).__name__,
-            "version": 1,
+            "version": 2,
             "config": json.dumps(self._config()),
             "num_classes": self.num_classes,
             "ids": torch.tensor(ids, dtype=torch.int64),
             "units": _stack([self._units[unit][None] for unit in ids]),
             "anonymous": _in_order(_stack(self._rows)),
             "faults": self._faults.cpu(),
+            "checksum": self._checksum.cpu(),
             "max_share": self._max_share.cpu(),
         }
 
@@ -289,9 +298,9 @@ class RiskCalibrator:
             InputError: If the state is another class's or version's, or risk or score is missing
                 or another one.
         """
-        if state.get("kind") != cls.__name__ or state.get("version") != 1:
+        if state.get("kind") != cls.__name__ or state.get("version") != 2:
             raise InputError(
-                f"state must be version 1 of a {cls.__name__}; "
+                f"state must be version 2 of a {cls.__name__}; "
                 f"got version {state.get('version')} of {state.get('kind')}"
             )
         config = json.loads(cast("str", state["config"]))
@@ -319,6 +328,7 @@ class RiskCalibrator:
             self._rows.append(tensors["anonymous"].clone())
             self._anonymous += len(tensors["anonymous"])
         self._faults = self._faults + tensors["faults"].to(self._faults.device)
+        self._checksum = self._checksum + tensors["checksum"].to(self._checksum.device)
         share = tensors["max_share"]
         if len(share):
             self._max_share = self._max_share.to(share.device).maximum(share)
@@ -358,8 +368,23 @@ class RiskCalibrator:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the data seen, as fitted objects remember theirs."""
-        return hashlib.sha256(self.table().numpy().tobytes()).hexdigest()
+        """Identifies the data seen, as fitted objects remember theirs.
+
+        That of any other calibrator of the same data, whatever risk, score and grid.
+        """
+        pixels, bits = self._checksum.tolist()
+        return f"{pixels:x}-{bits & (2**64 - 1):016x}"
+
+    def _order(self, count: int) -> Tensor:
+        """In which order tests see the rows of the table.
+
+        Rows are sorted there. The same shuffle for every set of images would turn each set's
+        sorted losses into nearly the same sequence, and betting against that one sequence can
+        fail far more often than delta. So the data take part in the draw.
+        """
+        drawn = hashlib.sha256(f"{self.seed} {self.fingerprint}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(drawn[:7], "big"))
+        return torch.randperm(count, generator=generator)
 
     # --- the result ---
 
@@ -396,10 +421,9 @@ class RiskCalibrator:
             _checks.check_alpha(delta, "delta")
         elif simultaneous:
             raise InputError("simultaneous must be False without delta: expectations hold for each")
-        self._check_start()
+        self._check_fitted()
         table = self.table()
-        order = torch.randperm(len(table), generator=torch.Generator().manual_seed(self.seed))
-        losses = self._losses(table[order], alpha)
+        losses = self._losses(table[self._order(len(table))], alpha)
         rows, steps = losses.values.shape[1:]
         grid = torch.zeros(1) if self.grid is None else self.grid.cpu()
         safe = -torch.inf if self.risk.keeps else torch.inf
@@ -483,9 +507,15 @@ class RiskCalibrator:
         parts = self.risk.starts + 1
         return sorted({steps * part // parts for part in range(1, parts)})
 
-    def _check_start(self) -> None:
+    def _check_fitted(self) -> None:
+        if getattr(self.score, "fitted_on", None) == self.fingerprint:
+            raise InputError(
+                "score must be fitted on a split of its own; got one fitted on this very data"
+            )
         if self.start is None:
             return
+        if bool(self.start.thresholds.isnan().any()):
+            raise InputError("start must have thresholds that are numbers; got NaN")
         rows = self.num_classes if self.risk.axes else 1
         if rows is not None and tuple(self.start.thresholds.shape) != (rows,):
             raise InputError(
@@ -539,10 +569,20 @@ class RiskCalibrator:
                     f"{drawn} (an image stands for what unit_ids named)",
                     "alpha, delta, score, grid, seed, start chosen without the calibration labels",
                     "logits of the new image computed as those of the calibration images",
+                    *self._at_the_safe_end(delta),
                 ),
                 notes=told,
             ),
         )
+
+    def _at_the_safe_end(self, delta: float | None) -> tuple[str, ...]:
+        """What must be true of a risk of the user's own where nothing can be certified."""
+        if describe_risk(self.risk)["built_in"]:
+            return ()
+        where = "no label is kept" if self.risk.keeps else "every set holds every class"
+        if delta is None:
+            return (f"no loss above alpha, or above that at any threshold, where {where}",)
+        return (f"the risk at most alpha where {where}",)
 
     def _told(self, notes: list[tuple[int, str]], *, each: bool) -> tuple[str, ...]:
         """What the guarantee adds: where nothing could be certified, and how classes share delta."""
@@ -574,9 +614,7 @@ def _how_many(values: Tensor, alpha: float, least: int, test: float | None) -> s
         excess = float(means.min())
         if excess >= alpha:
             return f"{seen} At the errors seen here no number of images would."
-        return (
-            f"{seen} At the errors seen here about {ceil((1 - excess) / (alpha - excess))} would."
-        )
+        return f"{seen} At the errors seen here about {ceil((1 - alpha) / (alpha - excess))} would."
     gaps = alpha - means
     spread = values.var(0, correction=0) + alpha * (1 - alpha) / len(values)
     best = int((gaps / spread.sqrt()).argmax())

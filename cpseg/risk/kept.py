@@ -78,9 +78,9 @@ class KeptError:
         rule = rule_name(self.rule, self.num_classes)
         if self.per_class:
             return (
-                f"For each class, E[wrong] / E[kept] is at most {alpha:g}, with the shares of the "
-                "labelled pixels of a new image where the class is the most likely one that "
-                f"{rule} labels wrongly, and at all"
+                f"For each class, E[wrong] / E[kept] is at most {alpha:g}, over new images with labelled "
+                "pixels where the class is the most likely one, with the shares of these pixels "
+                f"that {rule} labels wrongly, and at all"
             )
         return (
             f"E[wrong] / E[kept] is at most {alpha:g}, with the shares of a new image's labelled "
