@@ -672,10 +672,10 @@ class _Scored:
         own = torch.where(scores.isnan(), _UNUSABLE, own)
         missing = torch.where(labels == self.ignore_index, _IGNORED, _UNKNOWN)
         own = torch.where(known, own, missing)
-        return own, *others, _mark(clean, at_class(x, clean))
+        return own, *others, data_mark(clean, at_class(x, clean))
 
 
-def _mark(labels: Tensor, logits: Tensor) -> Tensor:
+def data_mark(labels: Tensor, logits: Tensor) -> Tensor:
     """A hash of each pixel's label and of that class's logit, whatever the score. int16."""
     mark = (labels.int() * 0x5BD1E995) ^ logits.float().view(torch.int32)
     mark = mark * 0x2C1B3C6D

@@ -91,8 +91,7 @@ def walk(
         results: list[Tensor] = []
         for images, pixels, block in _blocks(logits, near, width, fill=compiled):
             made = run(*block, *fixed)
-            count = len(range(*images.indices(len(logits))))
-            n = len(range(*pixels.indices(size)))
+            count, n = images.stop - images.start, pixels.stop - pixels.start
             results = results or [
                 part.new_empty((len(logits), *part.shape[:-1], size)) for part in made
             ]
@@ -134,8 +133,9 @@ def _blocks(
     position = torch.zeros(most, dtype=torch.int64, device=device)
     starts = [(i, j) for i in range(0, batch, images) for j in range(0, size, pixels)]
     for i, j in starts or [(0, 0)]:
-        rows, columns = slice(i, i + images), slice(j, j + pixels)
-        count, n = len(range(*rows.indices(batch))), len(range(*columns.indices(size)))
+        rows = slice(i, min(i + images, batch))
+        columns = slice(j, min(j + pixels, size))
+        count, n = rows.stop - rows.start, columns.stop - columns.start
         end = most if fill else max(_padded(count * n), 32)
         block = []
         for buffer, part in zip(buffers, (logits, *near), strict=True):

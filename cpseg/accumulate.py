@@ -147,14 +147,8 @@ class Histogram:
     ) -> None:
         self.scale: HistogramScale = HistogramScale(low, high)
         self.rows: int = rows
-        self.low: float = low
-        self.high: float = high
         self.num_cells: int = self.scale.num_cells
         self.mass: Tensor = torch.zeros(rows * self.num_cells + 1, dtype=torch.int64, device=device)
-
-    def fits(self, scores: Tensor) -> Tensor:
-        """Whether each float32 score can be remembered: in range, or ``+inf``. Bool."""
-        return self.scale.fits(scores)
 
     def cells(self, scores: Tensor) -> Tensor:
         """The cell of each float32 score; a larger score never has a smaller cell. int64."""
@@ -169,7 +163,7 @@ class Histogram:
         Returns:
             float32 scores, ``+inf`` for the last cell. Shape of ``cells``.
         """
-        ends = torch.tensor([self.low, self.high], dtype=torch.float32)
+        ends = torch.tensor([self.scale.low, self.scale.high], dtype=torch.float32)
         least, most = _ordered(ends).tolist()
         inside, outside = torch.full_like(cells, least), torch.full_like(cells, most + 1)
         for _ in range(33):  # more halvings than there are bits in a float32
@@ -210,7 +204,7 @@ class Histogram:
 
     def pool(self, groups: Tensor, count: int) -> "Histogram":
         """Rows added up: row ``i`` goes to row ``groups[i]`` of ``count``, < 0 to none."""
-        pooled = Histogram(count, self.low, self.high, self.mass.device)
+        pooled = Histogram(count, self.scale.low, self.scale.high, self.mass.device)
         chosen = groups >= 0
         mass = self.mass[:-1].view(self.rows, self.num_cells)[chosen]
         pooled.mass[:-1].view(count, self.num_cells).index_add_(0, groups[chosen], mass)
@@ -265,10 +259,6 @@ class Exact:
         self._mass = torch.zeros(0, dtype=torch.int64, device=device)
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._num_waiting = 0
-
-    def fits(self, scores: Tensor) -> Tensor:
-        """Whether each float32 score can be remembered: any but NaN and ``-inf``. Bool."""
-        return self.scale.fits(scores)
 
     def cells(self, scores: Tensor) -> Tensor:
         """The cell of each float32 score: its bits in order. int64."""

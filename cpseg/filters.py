@@ -25,7 +25,7 @@ from cpseg._tiles import Columns, walk
 from cpseg.calibration import Calibration
 from cpseg.errors import InputError
 from cpseg.predictors import check_calibration, limit_of, run
-from cpseg.scores import ColumnScore, any_class, at_class, first_class, top_class
+from cpseg.scores import ColumnScore, any_class, at_class, class_index, first_class, top_class
 
 __all__ = [
     "AreaGuard",
@@ -479,7 +479,7 @@ class _ForegroundFirst:
         return torch.where(alone, self.background, label), torch.where(alone, _KEPT, reason)
 
     def _foreground(self, x: Tensor) -> Tensor:
-        return torch.arange(len(x), device=x.device)[:, None] != self.background
+        return class_index(x) != self.background
 
 
 @dataclass(frozen=True, slots=True)
@@ -491,7 +491,7 @@ class _AtMostSo:
         top = following = top_class(x)
         left = torch.ones_like(x, dtype=torch.bool)
         for _ in range(self.k if self.k < len(x) else 0):
-            left = left & (torch.arange(len(x), device=x.device)[:, None] != following)
+            left = left & (class_index(x) != following)
             following = best_of(x, left)
         return (top, following) if self.k < len(x) else (top,)
 

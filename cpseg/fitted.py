@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
+from cpseg._tiles import upcast
 from cpseg.errors import InputError
 from cpseg.protocols import Score
 from cpseg.scores import (
@@ -278,7 +279,7 @@ class Recalibrated:
     def logits(self, logits: Tensor) -> Tensor:
         """The model's logits, recalibrated: at least float32. Shape ``(B, C, *S)``."""
         _checks.check_logits(logits, len(self.bias))
-        x = logits if logits.dtype == torch.float64 else logits.float()
+        x = upcast(logits)
         bias = torch.tensor(self.bias, dtype=x.dtype, device=x.device)
         return x / self.temperature + bias.view(-1, *(1 for _ in x.shape[2:]))
 

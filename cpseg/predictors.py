@@ -11,7 +11,7 @@ from cpseg import _checks
 from cpseg._tiles import Columns, CompileWarning
 from cpseg.calibration import Calibration
 from cpseg.errors import InputError
-from cpseg.scores import ColumnScore, score_columns, top_class
+from cpseg.scores import ColumnScore, class_index, score_columns, top_class
 from cpseg.sets import PackedSets, pack
 
 __all__ = ["CompileWarning", "PixelSetPredictor"]
@@ -159,7 +159,7 @@ class _Sets:
         member = ~(self.score.columns(x, position) > limit_of(self.axes, beside))
         if not self.force_top:
             return member
-        return member | (torch.arange(len(x), device=x.device)[:, None] == top_class(x))
+        return member | (class_index(x) == top_class(x))
 
 
 @dataclass(frozen=True, slots=True)

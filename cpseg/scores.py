@@ -316,7 +316,7 @@ class Margin:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
         del position
         odds, total = _softmax(x)
-        is_top = _classes(x) == top_class(x)
+        is_top = class_index(x) == top_class(x)
         second = torch.where(is_top, 0.0, odds).amax(0)  # 0 where there is no other class
         return (torch.where(is_top, second, odds.amax(0)) - odds) / total
 
@@ -324,7 +324,7 @@ class Margin:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         del position
         odds, total = _softmax(x)
-        rival = torch.where(_classes(x) == labels, 0.0, odds).amax(0)
+        rival = torch.where(class_index(x) == labels, 0.0, odds).amax(0)
         return (rival - at_class(odds, labels)) / total
 
 
@@ -493,14 +493,15 @@ def _softmax_tolerance(num_classes: int) -> float:
     return (2 * num_classes + 16) * _ULP
 
 
-def _classes(x: Tensor) -> Tensor:
+def class_index(x: Tensor) -> Tensor:
+    """The class of each row of a block ``(C, N)``. int64 ``(C, 1)``."""
     return torch.arange(x.shape[0], device=x.device)[:, None]
 
 
 def at_class(values: Tensor, labels: Tensor) -> Tensor:
     """Each pixel's value of its label. ``(C, N)`` and ``(N,)`` to ``(N,)``."""
     if torch.compiler.is_compiling():  # a sum over classes is vectorised, an index is not
-        own = _classes(values) == labels
+        own = class_index(values) == labels
         if values.dtype == torch.bool:
             return any_class(own & values)
         return torch.where(own, values, 0).sum(0)
@@ -510,7 +511,7 @@ def at_class(values: Tensor, labels: Tensor) -> Tensor:
 def _at_least(x: Tensor, labels: Tensor) -> Tensor:
     """The classes that rank no later than the label, itself included. Bool ``(C, N)``."""
     own = at_class(x, labels)
-    return (x > own) | ((x == own) & (_classes(x) <= labels))
+    return (x > own) | ((x == own) & (class_index(x) <= labels))
 
 
 def _cumulative(x: Tensor, odds: Tensor) -> Tensor:
@@ -545,7 +546,7 @@ _PAIRS = 64
 def _pairs(x: Tensor) -> Iterator[Tensor]:
     """For each class, those that rank no later than it, itself included. Bool ``(C, N)``."""
     for c, own in enumerate(x.unbind()):
-        yield (x > own) | ((x == own) & (_classes(x).int() <= c))
+        yield (x > own) | ((x == own) & (class_index(x).int() <= c))
 
 
 def _pairs_in_place(x: Tensor) -> Iterator[Tensor]:
@@ -571,7 +572,7 @@ def first_class(mask: Tensor) -> Tensor:
     """
     classes = len(mask)
     if torch.compiler.is_compiling():
-        first = torch.where(mask, _classes(mask).int(), classes).amin(0)
+        first = torch.where(mask, class_index(mask).int(), classes).amin(0)
         return torch.where(first < classes, first, 0)
     dtype = torch.uint8 if classes <= 255 else torch.int32
     countdown = torch.arange(classes, 0, -1, dtype=dtype, device=mask.device)
@@ -713,19 +714,17 @@ def _check_made(name: str, made: Tensor, shape: Sequence[int]) -> None:
         )
 
 
-def all_scores(score: ColumnScore, logits: Tensor, *, compiled: bool = False) -> Tensor:
+def all_scores(score: ColumnScore, logits: Tensor) -> Tensor:
     """Scores of all classes. Logits and result ``(B, C, *S)``."""
     _checks.check_logits(logits)
-    return walk(_All(score), logits, compiled=compiled)[0]
+    return walk(_All(score), logits)[0]
 
 
-def label_scores(
-    score: ColumnScore, logits: Tensor, labels: Tensor, *, compiled: bool = False
-) -> Tensor:
+def label_scores(score: ColumnScore, logits: Tensor, labels: Tensor) -> Tensor:
     """The labels' scores, NaN where a label is no class. ``(B, *S)``."""
     _checks.check_logits(logits)
     _checks.check_labels(labels, logits)
-    return walk(_Labels(score), logits, (labels[:, None],), compiled=compiled)[0]
+    return walk(_Labels(score), logits, (labels[:, None],))[0]
 
 
 # --- parameters ----------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def stores_with(scores: Tensor, mass: Tensor, ends: tuple[float, float]) -> tupl
         above for above in (-1, 0, 1, spread // 10, spread // 3, spread - 1) if above < spread
     ]
     exact, histogram = Exact(len(budgets)), Histogram(len(budgets), *ends)
-    assert histogram.fits(scores).all()
+    assert histogram.scale.fits(scores).all()
     rows = torch.arange(len(budgets))[:, None]
     for store in (exact, histogram):
         store.add(rows * store.num_cells + store.cells(scores), mass.expand(len(budgets), -1))

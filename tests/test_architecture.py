@@ -62,6 +62,7 @@ FIXED = {
         LocationCalibrator Calibration Guarantee PixelSetPredictor BackgroundPriority Argmax
         Singleton AtMost logits_from_probabilities logits_from_sigmoid gather merge_all
     """,
+    "cpseg.risk": "RiskCalibrator FalseNegativeRate Miscoverage KeptError",
     "cpseg.metrics": "Coverage SetSize SelectiveAccuracy MeanIoU",
     "cpseg.data": "SyntheticShapes SegmentationFolder",
     "cpseg.training": """
@@ -87,7 +88,7 @@ UNLISTED = {
     "cpseg.quantile": {"UNIT_MASS", "budget", "mass_above"},
     "cpseg.scores": {
         *("all_scores", "any_class", "at_class", "first_class", "label_scores", "score_columns"),
-        *("top_class", "uniform"),
+        *("class_index", "top_class", "uniform"),
     },
     "cpseg.sets": {"pack"},
 }
@@ -380,6 +381,5 @@ def test_every_public_module_has_a_page_in_the_reference() -> None:
 
 @pytest.mark.parametrize("module", FIXED)
 def test_names_that_scripts_rely_on_are_there(module: str) -> None:
-    if module not in map(dotted, PUBLIC):
-        pytest.skip(f"{module} is not written yet")
+    assert module in map(dotted, PUBLIC)
     assert set(FIXED[module].split()) <= set(importlib.import_module(module).__all__)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
-from cpseg._calibrator import _mark
+from cpseg._calibrator import data_mark
 from cpseg.accumulate import upward
 from cpseg.bounds import PValue, betting, fixed_sequence, least_units
 from cpseg.calibration import Calibration, Control, describe_score, score_from_description
@@ -197,7 +197,7 @@ class RiskCalibrator:
             objects = None if instances is None else instances.long()
             batch = Batch(logits, wide * valid, valid, objects, grid, self.score, self.ignore_index)
             tallies = self.risk.tally(batch)
-            marks = _mark(batch.labels, logits.gather(1, batch.labels[:, None])[:, 0]).long()
+            marks = data_mark(batch.labels, logits.gather(1, batch.labels[:, None])[:, 0]).long()
             bits = torch.stack((valid.sum(), (marks * valid).sum()))
             self._checksum = self._checksum.to(bits.device) + bits
             self._note_shares(batch, classes)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cpseg import _checks
+from cpseg._tiles import upcast
 from cpseg.errors import InputError
 
 __all__ = ["Denominator", "MergeMode", "masked_cross_entropy", "merge_pseudo_labels"]
@@ -146,7 +147,7 @@ def masked_cross_entropy(
     if weight is not None:
         kept = kept & (weight > 0)
     target = torch.where(kept, labels.long(), ignore_index)
-    values = logits if logits.dtype == torch.float64 else logits.float()
+    values = upcast(logits)
     if weight is None or weight.dtype == torch.bool:
         total = functional.cross_entropy(values, target, ignore_index=ignore_index, reduction="sum")
     else:
