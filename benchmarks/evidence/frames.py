@@ -1,0 +1,72 @@
+"""The frames that the evidence is measured on: images, an annotator's logits, and labels.
+
+A folder holds ``nll_train.npz`` and ``nll_val.npz``, each with ``nll``, negative log-probabilities
+float16 ``(N, C, H, W)``, ``name`` of N frames and ``classes``; ``images/NAME.jpg`` and
+``labels/NAME.png`` of twice the size, 255 where unknown; and ``splits/COUNT/labeled.txt`` with
+lines ``image label``. Pixel (y, x) of the logits belongs to label (2 y + 1, 2 x + 1). A frame's
+video is the first six characters of its name.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from cpseg.data.folder import read_image, read_mask, read_split
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Frames on the annotator's grid.
+
+    ``images`` are uint8 ``(N, 3, H, W)``, means of two by two pixels; ``logits`` float32
+    ``(N, C, H, W)``; ``labels`` int64 ``(N, H, W)``, 255 where unknown.
+    """
+
+    names: list[str]
+    classes: list[str]
+    images: Tensor
+    logits: Tensor
+    labels: Tensor
+
+    @property
+    def videos(self) -> list[str]:
+        return [name[:6] for name in self.names]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, chosen: list[int]) -> "Frames":
+        """Some of the frames, in the order asked for."""
+        return Frames(
+            [self.names[index] for index in chosen],
+            self.classes,
+            self.images[chosen],
+            self.logits[chosen],
+            self.labels[chosen],
+        )
+
+
+def load(folder: Path, part: str) -> Frames:
+    """All frames of ``"train"`` or ``"val"``."""
+    file = np.load(folder / f"nll_{part}.npz")
+    names = [str(name) for name in file["name"]]
+    pictures = torch.stack([read_image(folder / "images" / f"{name}.jpg") for name in names])
+    masks = torch.stack([read_mask(folder / "labels" / f"{name}.png") for name in names])
+    return Frames(
+        names,
+        [str(name) for name in file["classes"]],
+        avg_pool2d(pictures.float(), 2).round().to(torch.uint8),
+        -torch.from_numpy(file["nll"]).float(),
+        masks[:, 1::2, 1::2].contiguous(),
+    )
+
+
+def labeled(folder: Path, count: int, frames: Frames) -> list[int]:
+    """Which of the frames are the labeled ones of a split, by their place in ``frames``."""
+    place = {name: index for index, name in enumerate(frames.names)}
+    split = folder / "splits" / str(count) / "labeled.txt"
+    return [place[Path(image).stem] for image, _ in read_split(split)]
