@@ -10,7 +10,9 @@ on all videos but one (a name's first six characters) and looks at the one left 
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -32,14 +34,38 @@ def load(folder: Path, split: str) -> tuple[Tensor, Tensor, list[str]]:
     return logits, labels, names
 
 
-def rows_of(risk: KeptError, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts of each frame, ``(N, T)``, and the grid they are for."""
-    seen = RiskCalibrator(risk)
-    for first in range(0, len(logits), 16):
-        part = slice(first, first + 16)
-        seen.update(logits[part], labels[part], range(first, min(first + 16, len(logits))))
-    assert seen.grid is not None  # noqa: S101
-    return torch.stack([seen._units[unit] for unit in range(len(logits))]), seen.grid
+@dataclass(frozen=True)
+class Frames:
+    """What a calibrator remembers of each frame, so that any of them can be drawn again.
+
+    Attributes:
+        risk: What is counted.
+        rows: Counts. int64 ``(N, T)``.
+        marks: Checksums: the order of the tests is drawn from their sum. int64 ``(N, 2)``.
+        grid: The thresholds. float32 ``(K,)``.
+    """
+
+    risk: KeptError
+    rows: Tensor
+    marks: Tensor
+    grid: Tensor
+
+    @classmethod
+    def of(cls, risk: KeptError, logits: Tensor, labels: Tensor) -> Self:
+        """Each frame by itself."""
+        rows, marks = [], []
+        for frame, truth in zip(logits, labels, strict=True):
+            seen = RiskCalibrator(risk).update(frame[None], truth[None])
+            rows.append(seen.table())
+            marks.append(seen._checksum)
+        assert seen.grid is not None  # noqa: S101
+        return cls(risk, torch.cat(rows), torch.stack(marks), seen.grid)
+
+    def drawn(self, chosen: Tensor, start: Start | None) -> RiskCalibrator:
+        """The calibrator that has seen the chosen frames, without counting them again."""
+        control = RiskCalibrator(self.risk, grid=self.grid, start=start)
+        control._rows, control._checksum = [self.rows[chosen]], self.marks[chosen].sum(0)
+        return control
 
 
 def error_and_share(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,25 +89,19 @@ def main() -> None:
     logits, labels, names = load(arguments.data, "train")
     images, classes = logits.shape[:2]
     risk = KeptError(Argmax, classes)
-    rows, grid = rows_of(risk, logits, labels)
+    frames = Frames.of(risk, logits, labels)
     tuning = RiskCalibrator(risk).update(*load(arguments.data, "val")[:2])
     videos = [name[:6] for name in names]
     everything = torch.ones(images, dtype=torch.bool)
     print(f"{images} frames, {classes} classes, {len(set(videos))} videos; ", end="")
-    print(f"error of all labels {float(error_and_share(rows)[0][-1]):.3f}\n")
+    print(f"error of all labels {float(error_and_share(frames.rows)[0][-1]):.3f}\n")
     print("Frames drawn from all, the truth is all:\n")
     print(HEAD)
     for epsilon in (0.05, 0.1):
         for n in (46, 92, 200):
             for start in (None, Start.fit(tuning, epsilon)):
-                found = repeat(
-                    (risk, rows, grid),
-                    (everything, everything),
-                    epsilon,
-                    n,
-                    start,
-                    draws=arguments.draws,
-                )
+                split = everything, everything
+                found = repeat(frames, split, epsilon, n, start, draws=arguments.draws)
                 print(f"| all | {found}", flush=True)
     print("\nFrames drawn from the other videos, the truth is the video left out:\n")
     print(HEAD)
@@ -90,9 +110,8 @@ def main() -> None:
         for epsilon in (0.05, 0.1):
             for n in (46, 92, 200):
                 start = Start.fit(tuning, epsilon)
-                found = repeat(
-                    (risk, rows, grid), (~inside, inside), epsilon, n, start, draws=arguments.draws
-                )
+                split = ~inside, inside
+                found = repeat(frames, split, epsilon, n, start, draws=arguments.draws)
                 print(f"| {video} ({int(inside.sum())}) | {found}", flush=True)
 
 
@@ -101,7 +120,7 @@ HEAD = """| truth | epsilon | n | start | certified | failures | allowed | kept 
 
 
 def repeat(
-    data: tuple[KeptError, Tensor, Tensor],
+    frames: Frames,
     split: tuple[Tensor, Tensor],
     epsilon: float,
     n: int,
@@ -110,20 +129,17 @@ def repeat(
     draws: int,
 ) -> str:
     """Calibrate on frames drawn with replacement from one part; a line about the other part."""
-    risk, rows, grid = data
     pool = split[0].nonzero()[:, 0]
-    error, share = error_and_share(rows[split[1]])
+    error, share = error_and_share(frames.rows[split[1]])
     oracle = float(torch.where(error <= epsilon, share, 0.0).max())
     generator = torch.Generator().manual_seed(n)
     failures, certified, total = 0, 0, 0.0
     for _ in range(draws):
         chosen = pool[torch.randint(len(pool), (n,), generator=generator)]
-        control = RiskCalibrator(risk, grid=grid, start=start)
-        control._rows = [rows[chosen]]
-        threshold = control.compute(epsilon, 0.1).thresholds
+        threshold = frames.drawn(chosen, start).compute(epsilon, 0.1).thresholds
         if bool(threshold.isinf()):
             continue
-        place = int((grid == threshold).nonzero())
+        place = int((frames.grid == threshold).nonzero())
         certified += 1
         failures += float(error[place]) > epsilon
         total += float(share[place])

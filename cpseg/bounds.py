@@ -176,7 +176,7 @@ def betting(losses: Tensor, alpha: float, delta: float = 0.1) -> Tensor:
     _checks.check_alpha(delta, "delta")
     values, like = _losses(losses, alpha)
     n = len(values)
-    prior = 4.0  # losses that were imagined: of mean alpha and the largest variance it allows
+    prior = n / 25  # losses that were imagined: of mean alpha and the largest variance it allows
     capital = np.ones(values.shape[1:])
     best = capital.copy()
     total, squares = np.zeros_like(capital), np.zeros_like(capital)

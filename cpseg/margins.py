@@ -9,6 +9,7 @@ dimensions, on the device of the masks.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Self, cast, final
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
-from cpseg.calibration import _read_checked, _write_checked
+from cpseg.calibration import Guarantee, _read_checked, _write_checked
 from cpseg.errors import FileError, InputError
 from cpseg.morphology import dilate, distance_transform
 from cpseg.quantile import conformal_quantile, conformal_rank, level
@@ -73,10 +74,13 @@ class Margins:
 
     Guarantee:
         With probability at least ``1 - alpha`` over the calibration images and the new one, if
-        they are exchangeable: :meth:`outer` holds a share ``tau`` of the true mask, in images
-        that have one. And, as a second statement of the same kind: outside :meth:`inner` lies a
-        share ``tau`` of what is not the true mask, in images that have such pixels. If every image
-        has pixels of both kinds, both hold together with probability at least ``1 - 2 * alpha``.
+        they are exchangeable, and alpha and tau were chosen without them: :meth:`outer` holds a
+        share ``tau`` of the true mask, in images that have one. And, as a second statement of the
+        same kind: outside :meth:`inner` lies a share ``tau`` of what is not the true mask, in
+        images that have such pixels. If every image has pixels of both kinds, both hold together
+        with probability at least ``1 - 2 * alpha``. Each rests on as many images as
+        :attr:`num_units` says; with fewer than ``1 / alpha - 1`` of them the radius is ``+inf``,
+        which keeps the promise and says nothing. :attr:`guarantee` prints all this.
 
     Attributes:
         outer_radius: In pixels, ``+inf`` where too few images were seen.
@@ -91,6 +95,40 @@ class Margins:
     alpha: float
     tau: float
     num_units: tuple[int, int]
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """What is promised, about what, from how many images, and under which assumptions."""
+        needed = ceil(1 / level(self.alpha)) - 1
+        kinds = (
+            ("outer mask is everything", "a true mask", self.outer_radius),
+            ("inner mask is empty", "pixels that are not the true mask", self.inner_radius),
+        )
+        return Guarantee(
+            event=f"The outer mask holds a share {self.tau:g} of the true mask of a new image that "
+            f"has one; and, as a statement of its own, outside the inner mask lies a share "
+            f"{self.tau:g} of what is not the true mask, in a new image that has such pixels",
+            level=float(1 - level(self.alpha)),
+            unit="image",
+            n=(min(self.num_units), max(self.num_units)),
+            probability=f"each with probability at least {float(1 - level(self.alpha)):g} over "
+            "the calibration images and the new one",
+            assumptions=(
+                "the calibration images and the new one are exchangeable",
+                "alpha and tau were chosen without the calibration images",
+                "the new mask is predicted as those for calibration were",
+            ),
+            exceptions=tuple(
+                f"The {what}: {seen} images with {kind} were seen; "
+                + (
+                    f"{needed} would do."
+                    if seen < needed
+                    else "in too many of them nothing was predicted that could be grown."
+                )
+                for (what, kind, radius), seen in zip(kinds, self.num_units, strict=True)
+                if radius == torch.inf
+            ),
+        )
 
     def outer(self, mask: Tensor) -> Tensor:
         """The mask grown by the outer radius; everything if that is infinite.
@@ -176,6 +214,8 @@ class MarginCalibrator:
         >>> margins = MarginCalibrator(tau=1.0).update(predicted, truth).compute(alpha=0.1)
         >>> margins.outer_radius, margins.inner_radius
         (1.0, 0.0)
+        >>> margins.guarantee.probability, margins.guarantee.n
+        ('each with probability at least 0.9 over the calibration images and the new one', (9, 9))
     """
 
     def __init__(self, tau: float = 0.95) -> None:

@@ -395,8 +395,9 @@ def _ball(shape: Sequence[int], radius: float) -> list[tuple[int, tuple[int, ...
     if 0 in shape:
         return []
     radius = min(radius, float(sum(shape)))  # reaches everything
-    most = int(radius * radius)  # the largest whole square within: as exact as sqrt is
-    most += (math.sqrt(most + 1) <= radius) - (math.sqrt(most) > radius)
+    # The largest whole square within. A distance of torch's may lie a rounding below the root it
+    # stands for (its sqrt is not exact on every processor), and must still reach what it measured.
+    most = int(radius * radius * (1 + 1e-12))
     spans = [
         range(1 - min(math.isqrt(most) + 1, size), min(math.isqrt(most) + 1, size))
         for size in shape[:-1]

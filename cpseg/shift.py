@@ -8,7 +8,8 @@ images. :class:`ExchangeabilityMartingale` watches a stream for a shift that is 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import exp, inf, isfinite, log
+from fractions import Fraction
+from math import ceil, exp, floor, inf, isfinite, log
 from typing import Self, cast, final
 
 import torch
@@ -21,7 +22,7 @@ from cpseg.calibrators import SplitCalibrator
 from cpseg.errors import InputError
 from cpseg.predictors import PixelSetPredictor
 from cpseg.protocols import Score
-from cpseg.quantile import level
+from cpseg.quantile import UNIT_MASS, level
 from cpseg.scores import LAC, uniform
 
 __all__ = [
@@ -44,13 +45,16 @@ class WeightedCalibration:
         over the calibration images and the new one, is at most ``alpha``, if calibration images
         are independent draws from P, the new one from Q, weights are proportional to the
         likelihood ratio dQ/dP and were not fitted on the calibration images, and the weight given
-        for the new image is its own or larger.
+        for the new image is its own or larger. It rests on :attr:`num_units` images, that are
+        worth :attr:`effective_units` of equal weight. With fewer than :meth:`needed_units` of such
+        weights the threshold is ``+inf``, which keeps the promise and says nothing.
 
     Attributes:
         alpha: The level.
         score: The nonconformity score.
         scores: Scores in rising order. float32 ``(N,)``.
-        above: Weight of what lies strictly above each. float64 ``(N,)``.
+        above: Mass of what lies strictly above each, rounded up. int64 ``(N,)``.
+        total: Mass of all calibration images, rounded down: the largest weight is 2**40.
         weights: Weights of the calibration images. float64 ``(n,)``.
         num_classes: C of the calibration logits.
         num_pixels: Labelled pixels of the calibration images.
@@ -62,6 +66,7 @@ class WeightedCalibration:
     score: Score
     scores: Tensor
     above: Tensor
+    total: int
     weights: Tensor
     num_classes: int
     num_pixels: int
@@ -69,9 +74,36 @@ class WeightedCalibration:
     max_share: Tensor
 
     @property
+    def num_units(self) -> int:
+        """Calibration images of positive weight."""
+        return int((self.weights > 0).sum())
+
+    @property
     def effective_units(self) -> float:
         """How many images of equal weight vary as much, ``sum(w)**2 / sum(w**2)``."""
-        return float(self.weights.sum() ** 2 / self.weights.square().sum())
+        scaled = self.weights / self.weights.max()  # squares of huge weights would overflow
+        return float(scaled.sum() ** 2 / scaled.square().sum())
+
+    def needed_units(self, weight: float) -> int:
+        """Fewest images, of the mean weight of those seen, that allow a finite threshold.
+
+        Args:
+            weight: The new image's, or a bound on it, at least 0.
+
+        Returns:
+            As many as have a total weight of ``weight * (1 - alpha) / alpha``; with equal weights
+            ``1 / alpha - 1``, rounded up. At least 1.
+
+        Raises:
+            InputError: If the weight is negative, NaN or infinite.
+        """
+        _weights("weight", torch.tensor([weight], dtype=torch.float64), 1)
+        least = self._mass(weight) * (1 / level(self.alpha) - 1)
+        return max(ceil(least * self.num_units / self.total), 1)
+
+    def _mass(self, weight: float) -> int:
+        """A new image's, rounded up."""
+        return ceil(_scaled(weight, float(self.weights.max())))
 
     def thresholds(self, weights: Tensor) -> Tensor:
         """The threshold for images of these weights, or of weights bounded by these.
@@ -85,14 +117,13 @@ class WeightedCalibration:
         Raises:
             InputError: If a weight is negative, NaN or infinite.
         """
-        new = _weights("weights", weights, len(weights))
-        total = self.weights.sum()
-        budget = float(level(self.alpha)) * (total + new) - new
-        # Sums of positive numbers in float64: what they may be off by is held against us.
-        slack = 1e-12 * (total + new)
-        first = torch.searchsorted(-self.above, -(budget - slack))
-        padded = torch.cat((self.scores, self.scores.new_full((1,), torch.inf)))
-        limit = torch.where(budget - slack < 0, torch.inf, padded[first])
+        new, which = _weights("weights", weights, len(weights)).unique(return_inverse=True)
+        share = level(self.alpha)
+        masses = [self._mass(weight) for weight in new.tolist()]
+        # What may lie strictly above the threshold; exact, and below 0 if even nothing may.
+        budget = torch.tensor([max(floor(share * (self.total + m) - m), -1) for m in masses])
+        found = self.scores[torch.searchsorted(-self.above, -budget.clamp(min=0))]
+        limit = torch.where(budget < 0, torch.inf, found)[which]
         return upward(limit.double() + self.score.tolerance(self.num_classes))
 
     def __call__(self, logits: Tensor, weights: Tensor) -> Tensor:
@@ -127,8 +158,10 @@ class WeightedCalibration:
             InputError: If the weight is negative, NaN or infinite.
         """
         threshold = self.thresholds(torch.tensor([weight], dtype=torch.float64))
-        count = torch.tensor([len(self.weights)])
-        starved = bool(threshold.isinf())
+        starved = (
+            f"Every set holds every class: {self.num_units} images were seen; "
+            f"about {self.needed_units(weight)} of their mean weight would do."
+        )
         return Calibration(
             thresholds=threshold,
             axes=(),
@@ -136,7 +169,7 @@ class WeightedCalibration:
             score=self.score,
             unit="image",
             num_classes=self.num_classes,
-            num_units=count,
+            num_units=torch.tensor([self.num_units]),
             num_pixels=torch.tensor([self.num_pixels]),
             ignore_index=self.ignore_index,
             fallback=None,
@@ -160,7 +193,7 @@ class WeightedCalibration:
                 ),
                 notes=(
                     f"The weights leave as much as {self.effective_units:.1f} images.",
-                    *(("Every set holds every class.",) if starved else ()),
+                    *((starved,) if bool(threshold.isinf()) else ()),
                 ),
             ),
         )
@@ -411,16 +444,24 @@ class WeightedCalibrator:
                 f"weights must have a positive, finite sum; got {len(units)} labelled images, "
                 f"{int((weights > 0).sum())} of positive weight"
             )
+        # Whole numbers, as in the other calibrators: with equal weights this is split calibration.
+        scaled = [_scaled(weight, float(weights.max())) for weight in weights.tolist()]
         scores = torch.cat([unit[1] for unit in units])
-        mass = torch.cat([weight * counts / counts.sum() for weight, _, counts in units])
+        mass = torch.cat(
+            [
+                counts * ceil(share / int(counts.sum()))
+                for share, (_, _, counts) in zip(scaled, units, strict=True)
+            ]
+        )
         values, index = torch.unique(scores, sorted=True, return_inverse=True)
-        pooled = torch.zeros(len(values), dtype=torch.float64).index_add(0, index, mass.double())
+        pooled = torch.zeros(len(values), dtype=torch.int64).index_add(0, index, mass)
         above = pooled.flip(0).cumsum(0).flip(0) - pooled
         return WeightedCalibration(
             alpha=alpha,
             score=self.score,
             scores=values,
-            above=above.clamp(min=0),
+            above=above,
+            total=sum(map(floor, scaled)),
             weights=weights,
             num_classes=self.num_classes or 1,
             num_pixels=int(sum(int(unit[2].sum()) for unit in units)),
@@ -647,6 +688,11 @@ class AdaptiveLevel:
                 missed = int((usable & ~held).sum()) / seen
                 self.level += self.gamma * (self.alpha - missed)
         return self
+
+
+def _scaled(weight: float, largest: float) -> Fraction:
+    """A weight on the scale on which the largest of the calibration images is 2**40. Exact."""
+    return Fraction(weight) / Fraction(largest) * UNIT_MASS
 
 
 def _weights(name: str, weights: Tensor, count: int) -> Tensor:

@@ -55,8 +55,8 @@ def test_hoeffding_bentkus_is_the_smaller_of_its_two_formulas(
 
 
 def slow_betting(losses: list[float], alpha: float, delta: float) -> float:
-    capital, best, seen = 1.0, 1.0, [alpha] * 4
-    squares = 4 * alpha * (1 - alpha)
+    capital, best, seen = 1.0, 1.0, [alpha] * 8
+    squares = 8 * alpha * (1 - alpha)
     for step, loss in enumerate(losses):
         if delta * capital < 1:
             share = min(max(delta * capital, 1e-12), 1 - 1e-9)

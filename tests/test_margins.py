@@ -1,6 +1,6 @@
 """Radii against growing masks step by step, and what margins promise over draws."""
 
-from math import ceil, inf, isnan
+from math import ceil, inf, isnan, nextafter, sqrt
 from pathlib import Path
 
 import pytest
@@ -39,6 +39,19 @@ def test_the_radius_is_the_smallest_that_holds_the_share(
             if radius > 0:
                 less = dilate(predicted[i : i + 1], radius - 1e-6)[0]
                 assert int((less & truth[i]).sum()) < wanted
+
+
+def test_a_radius_one_rounding_below_a_root_still_reaches_what_it_measured() -> None:
+    # On some processors torch's sqrt(8) is the double below it.
+    mask = torch.zeros(1, 40, 40, dtype=torch.bool)
+    mask[0, 0, 0] = True
+    squares = sorted({y * y + x * x for y in range(40) for x in range(40)})[:400]
+    for square in squares:
+        exact = dilate(mask, sqrt(square))
+        assert torch.equal(dilate(mask, nextafter(sqrt(square), 0.0)), exact)
+        assert int((exact & (dilate(mask, 0.0) != exact)).sum()) == sum(
+            0 < y * y + x * x <= square for y in range(40) for x in range(40)
+        )
 
 
 def test_the_inner_mask_is_the_outer_one_of_the_background() -> None:
