@@ -147,7 +147,8 @@ def betting(losses: Tensor, alpha: float, delta: float = 0.1) -> Tensor:
     multiplied by ``1 + bet * (alpha - loss)``, each bet in ``[0, 1 / (1 - alpha)]`` and chosen
     from earlier losses only. Their bets maximise growth. Ours maximise the chance of reaching
     ``1 / delta`` within the N losses: they are those that would copy the payoff of the normal
-    test if the losses were normal. Whatever the bets are worth, the guarantee does not rest on it.
+    test if the losses were normal, with a variance that is learned as losses come. Whatever the
+    bets are worth, the guarantee does not rest on it.
 
     The order of the losses matters. Use one that does not depend on their values.
 
@@ -176,7 +177,9 @@ def betting(losses: Tensor, alpha: float, delta: float = 0.1) -> Tensor:
     _checks.check_alpha(delta, "delta")
     values, like = _losses(losses, alpha)
     n = len(values)
-    prior = n / 25  # losses that were imagined: of mean alpha and the largest variance it allows
+    # Losses that were imagined: of mean alpha and the largest variance it allows. Few losses are
+    # not to be swamped by them; among many, a start without misses is not to pass for certainty.
+    prior = n / 25
     capital = np.ones(values.shape[1:])
     best = capital.copy()
     total, squares = np.zeros_like(capital), np.zeros_like(capital)
@@ -206,7 +209,8 @@ def upper_bound(
 
     Guarantee:
         If the losses are independent draws from one distribution on [0, 1] and ``p_value`` is
-        valid at each level of the grid, the mean is at most the result with probability at least ``1 - delta``, over the losses.
+        valid at each level of the grid, the mean is at most the result with probability at least
+        ``1 - delta``, over the losses.
 
     Args:
         losses: Values in [0, 1], one per unit. Shape ``(N,)``, or ``(N, K)`` for K risks.
@@ -241,7 +245,8 @@ def upper_bound(
 def least_units(alpha: float, delta: float) -> int:
     """Fewest losses with which any valid test can find a mean below alpha at level delta.
 
-    Fewer losses may all be 0 with a probability above delta though the mean is alpha.
+    Fewer losses may all be 0 with a probability above delta though the mean is alpha. (A test is
+    meant here that rejects no losses without rejecting smaller ones too.)
 
     Args:
         alpha: The risk that is tested.
@@ -269,7 +274,7 @@ def bonferroni(p_values: Tensor, delta: float) -> Tensor:
     """Reject what is at most ``delta / K``.
 
     Guarantee:
-        If each p-value is valid, a true hypothesis is rejected with probability at most
+        If each p-value is valid, the probability that any true hypothesis is rejected is at most
         ``delta``, over the data, whatever their dependence.
 
     Args:

@@ -105,8 +105,8 @@ def conformal_quantile(scores: Tensor, alpha: Level) -> Tensor:
     """The split-conformal threshold of exchangeable scores.
 
     Guarantee:
-        A fresh score, exchangeable with these, is at most the result with probability at least
-        ``1 - alpha``.
+        With probability at least ``1 - alpha`` over these scores and a fresh one, if they are
+        exchangeable and alpha was chosen without them, the fresh one is at most the result.
 
     Args:
         scores: Floating scores. Shape ``(N,)``.

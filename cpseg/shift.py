@@ -54,7 +54,7 @@ class WeightedCalibration:
         score: The nonconformity score.
         scores: Scores in rising order. float32 ``(N,)``.
         above: Mass of what lies strictly above each, rounded up. int64 ``(N,)``.
-        total: Mass of all calibration images, rounded down: the largest weight is 2**40.
+        total: Mass of all calibration images, exact: the largest weight is 2**40.
         weights: Weights of the calibration images. float64 ``(n,)``.
         num_classes: C of the calibration logits.
         num_pixels: Labelled pixels of the calibration images.
@@ -66,7 +66,7 @@ class WeightedCalibration:
     score: Score
     scores: Tensor
     above: Tensor
-    total: int
+    total: Fraction
     weights: Tensor
     num_classes: int
     num_pixels: int
@@ -98,12 +98,8 @@ class WeightedCalibration:
             InputError: If the weight is negative, NaN or infinite.
         """
         _weights("weight", torch.tensor([weight], dtype=torch.float64), 1)
-        least = self._mass(weight) * (1 / level(self.alpha) - 1)
-        return max(ceil(least * self.num_units / self.total), 1)
-
-    def _mass(self, weight: float) -> int:
-        """A new image's, rounded up."""
-        return ceil(_scaled(weight, float(self.weights.max())))
+        mass = _scaled(weight, float(self.weights.max()))
+        return max(ceil(mass * (1 / level(self.alpha) - 1) * self.num_units / self.total), 1)
 
     def thresholds(self, weights: Tensor) -> Tensor:
         """The threshold for images of these weights, or of weights bounded by these.
@@ -119,7 +115,7 @@ class WeightedCalibration:
         """
         new, which = _weights("weights", weights, len(weights)).unique(return_inverse=True)
         share = level(self.alpha)
-        masses = [self._mass(weight) for weight in new.tolist()]
+        masses = [_scaled(weight, float(self.weights.max())) for weight in new.tolist()]
         # What may lie strictly above the threshold; exact, and below 0 if even nothing may.
         budget = torch.tensor([max(floor(share * (self.total + m) - m), -1) for m in masses])
         found = self.scores[torch.searchsorted(-self.above, -budget.clamp(min=0))]
@@ -461,7 +457,7 @@ class WeightedCalibrator:
             score=self.score,
             scores=values,
             above=above,
-            total=sum(map(floor, scaled)),
+            total=sum(scaled, Fraction()),
             weights=weights,
             num_classes=self.num_classes or 1,
             num_pixels=int(sum(int(unit[2].sum()) for unit in units)),

@@ -72,8 +72,42 @@ def test_with_too_few_masks_the_outer_one_is_everything_and_the_inner_one_nothin
     assert (margins.outer_radius, margins.inner_radius) == (inf, inf)
     assert bool(margins.outer(predicted).all())
     assert not bool(margins.inner(predicted).any())
+    told = str(margins.guarantee)
+    assert "The outer mask is everything: 8 images with a true mask were seen; 9 would do." in told
+    assert "The inner mask is empty: 8 images with pixels that are not the true mask" in told
     more = MarginCalibrator().update(predicted, predicted).update(predicted[:1], predicted[:1])
     assert more.compute(0.1) == Margins(0.0, 0.0, 0.1, 0.95, (9, 9))
+    assert more.compute(0.1).guarantee.exceptions == ()
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.1, 0.3, 0.6])
+def test_as_many_masks_as_are_said_to_do_are_enough_and_one_fewer_is_not(alpha: float) -> None:
+    predicted = blobs(1, (5, 6), 0)
+    (told,) = {
+        line.split("; ")[1]
+        for line in MarginCalibrator().compute(alpha).guarantee.exceptions
+    }
+    needed = int(told.removesuffix(" would do."))
+    for n, finite in ((needed, True), (needed - 1, False)):
+        many = predicted.expand(n, -1, -1)
+        margins = MarginCalibrator().update(many, many).compute(alpha)
+        assert (margins.outer_radius < inf) == (margins.inner_radius < inf) == finite
+
+
+def test_margins_say_what_they_promise_from_how_many_images() -> None:
+    predicted, truth = blobs(40, (5, 6), 0), blobs(40, (5, 6), 1)
+    truth[:12] = False
+    promise = MarginCalibrator(0.9).update(predicted, truth).compute(0.2).guarantee
+    assert (promise.n, promise.level, promise.unit) == ((28, 40), 0.8, "image")
+    text = str(promise)
+    assert text.startswith("The outer mask holds a share 0.9 of the true mask of a new image that")
+    assert "each with probability at least 0.8 over the calibration images and the new one" in text
+    assert "(28 to 40 calibration images)" in text
+    assert "exchangeable" in text
+    # Enough images, but too many of them without a prediction to grow: more would not help.
+    nothing = MarginCalibrator(0.9).update(torch.zeros_like(predicted), truth).compute(0.2)
+    assert nothing.outer_radius == inf
+    assert "28 images with a true mask were seen; in too many of them" in str(nothing.guarantee)
 
 
 def test_merges_and_states_agree_and_images_without_the_mask_do_not_count() -> None:

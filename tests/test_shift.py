@@ -1,6 +1,7 @@
 """Weights, alarms and moving levels: definitions, edges, and what they promise over draws."""
 
 from fractions import Fraction
+from math import ceil
 
 import pytest
 import torch
@@ -70,6 +71,68 @@ def test_equal_weights_are_the_split_calibration() -> None:
     weighted = WeightedCalibrator().update(logits, labels, torch.full((40,), 2.5)).compute(0.1)
     assert torch.equal(weighted.thresholds(torch.tensor([2.5])), plain.thresholds)
     assert weighted.effective_units == pytest.approx(40)
+
+
+@settings(max_examples=30)
+@given(
+    st.sampled_from([1.0, 0.1, 1 / 3, 7e-9, 2e12]),
+    st.integers(1, 45),
+    st.sampled_from([0.05, 0.1, 0.2, 0.7]),
+)
+def test_equal_weights_of_any_size_are_the_split_calibration_at_every_n(
+    weight: float, n: int, alpha: float
+) -> None:
+    logits, labels = images(n, seed=n)
+    weights = torch.full((n,), weight, dtype=torch.float64)
+    weighted = WeightedCalibrator().update(logits, labels, weights).compute(alpha)
+    plain = SplitCalibrator().update(logits, labels).compute(alpha)
+    assert torch.equal(weighted.thresholds(weights[:1]), plain.thresholds)
+    assert weighted.num_units == n
+    needed = ceil(1 / Fraction(str(alpha))) - 1
+    assert weighted.needed_units(weight) == needed
+    assert bool(plain.thresholds.isfinite()) == (n >= needed)
+
+
+def test_as_many_images_as_are_said_to_do_under_weights_do() -> None:
+    logits, labels = images(400)
+    weights = torch.tensor([0.0, 0.5, 1.5, 1.0]).repeat(100)
+    few = WeightedCalibrator().update(logits[:8], labels[:8], weights[:8]).compute(0.1)
+    for new in (0.5, 1.0, 3.0):
+        needed = few.needed_units(new)  # of mean weight 1
+        assert needed == ceil(9 * new)
+        n = 4 * ceil(needed / 3)  # three of four weigh something
+        enough = WeightedCalibrator().update(logits[:n], labels[:n], weights[:n]).compute(0.1)
+        assert enough.num_units >= needed
+        assert bool(enough.thresholds(torch.tensor([new])).isfinite())
+        fewer = WeightedCalibrator().update(logits[: n - 4], labels[: n - 4], weights[: n - 4])
+        if 3 * (n - 4) // 4 < needed:
+            assert bool(fewer.compute(0.1).thresholds(torch.tensor([new])).isinf())
+    assert few.needed_units(0.0) == 1
+    told = few.bounded(1.0).guarantee
+    assert told.n == (6, 6)
+    assert "Every set holds every class: 6 images were seen; about 9 of their mean weight" in str(told)
+    assert "as much as 5.1 images" in str(told)
+    with pytest.raises(InputError, match="weight must be finite and >= 0"):
+        few.needed_units(-1.0)
+
+
+def test_what_weights_promise_is_held_to_the_last_bit_against_exact_sums() -> None:
+    # One pixel per image: the mass above a threshold is a sum of weights, as fractions.
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(200):
+        n = 3 + trial % 20
+        weights = torch.rand(n, generator=generator, dtype=torch.float64) * 3
+        logits = torch.randint(-6, 7, (n, 2), generator=generator).float()
+        labels = torch.zeros(n, dtype=torch.int64)
+        calibration = WeightedCalibrator().update(logits, labels, weights).compute(0.3)
+        new = float(torch.rand((), generator=generator, dtype=torch.float64))
+        limit = calibration.thresholds(torch.tensor([new], dtype=torch.float64)).item()
+        scores = LAC().of_labels(logits, labels).tolist()
+        exact = [Fraction(weight) for weight in weights.tolist()]
+        lost = sum(w for w, score in zip(exact, scores, strict=True) if score > limit)
+        total = sum(exact)
+        worst = lost + Fraction(new) if limit < 1e9 else Fraction(0)
+        assert worst <= Fraction(3, 10) * (total + Fraction(new))
 
 
 def test_each_image_gets_the_threshold_of_its_weight() -> None:

@@ -13,7 +13,15 @@ from torch import Tensor
 from cpseg import _checks
 from cpseg._calibrator import data_mark
 from cpseg.accumulate import upward
-from cpseg.bounds import PValue, betting, fixed_sequence, least_units
+from cpseg.bounds import (
+    PValue,
+    betting,
+    clopper_pearson,
+    fixed_sequence,
+    hoeffding,
+    hoeffding_bentkus,
+    least_units,
+)
 from cpseg.calibration import Calibration, Control, describe_score, score_from_description
 from cpseg.errors import InputError
 from cpseg.protocols import Score
@@ -27,6 +35,9 @@ from cpseg.risk.losses import Batch, Losses, Risk
 from cpseg.scores import LAC
 
 __all__ = ["RiskCalibrator", "Start"]
+
+_ANY_ORDER: tuple[PValue, ...] = (hoeffding, hoeffding_bentkus, clopper_pearson)
+_BY_LOT = "the order of the tests, a hash of seed and data, as good as drawn by lot"
 
 
 @final
@@ -88,7 +99,10 @@ class RiskCalibrator:
         that is said of each class by itself, unless ``simultaneous`` shares delta among them.
         Where nothing can be certified, sets are full or no label is kept: a risk of your own must
         be at most alpha there. Nothing may have been chosen with the calibration labels: not
-        alpha, delta, score, grid, start or seed. ``Calibration.guarantee`` says which risk, of what.
+        alpha, delta, score, grid, start or seed. Where the bound depends on the order of the
+        images, as betting does, that order, a hash of seed and data, is taken to be as good as
+        drawn by lot. ``Calibration.guarantee`` says which risk, of what, and rests on how many
+        images.
 
     Args:
         risk: What to control.
@@ -453,7 +467,8 @@ class RiskCalibrator:
             slack = self.score.tolerance(self.num_classes or 1)
             thresholds = upward(thresholds.double() + slack)
         told = self._told(notes, each=delta is not None and not simultaneous)
-        return self._frozen(thresholds, losses, alpha, delta, told)
+        ordered = delta is not None and bound not in _ANY_ORDER
+        return self._frozen(thresholds, losses, alpha, delta, told, by_lot=ordered)
 
     def _losses(self, table: Tensor, alpha: float) -> Losses:
         if self.grid is None or not len(table):
@@ -538,6 +553,8 @@ class RiskCalibrator:
         alpha: float,
         delta: float | None,
         told: tuple[str, ...],
+        *,
+        by_lot: bool,
     ) -> Calibration:
         rule = self.risk.rule
         named = None if rule is None else rule_name(rule, self.num_classes or 1)
@@ -569,6 +586,7 @@ class RiskCalibrator:
                     f"{drawn} (an image stands for what unit_ids named)",
                     "alpha, delta, score, grid, seed, start chosen without the calibration labels",
                     "logits of the new image computed as those of the calibration images",
+                    *((_BY_LOT,) if by_lot else ()),
                     *self._at_the_safe_end(delta),
                 ),
                 notes=told,
