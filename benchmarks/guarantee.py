@@ -544,7 +544,8 @@ def at_its_limit(
     # One offset for all pixels of an image: as many are wrong as the share says, on average.
     offset = torch.rand(draws, n, 1, generator=generator, dtype=torch.float64)
     wrong = (place < counted) & ((place + offset) / counted < share)
-    size = torch.rand(draws, n, PIXELS, generator=generator) + torch.where(place < counted, 1, -1.0)
+    size = torch.rand(draws, n, PIXELS, generator=generator)
+    size = torch.where(place < counted, 1 + size, size / 2)
     labels = torch.randint(2, (draws, n, PIXELS), generator=generator)
     top = torch.where(wrong, 1 - labels, labels)
     logits = torch.zeros(draws, n, 2, PIXELS).scatter(2, top[:, :, None], size[:, :, None])

@@ -184,12 +184,15 @@ def betting(losses: Tensor, alpha: float, delta: float = 0.1) -> Tensor:
     best = capital.copy()
     total, squares = np.zeros_like(capital), np.zeros_like(capital)
     for step, loss in enumerate(values):
+        betting_on = (delta * capital < 1) & (capital > 0)
+        if not betting_on.any():
+            break
         variance = (prior * alpha * (1 - alpha) + squares) / (prior + step)
         share = np.clip(delta * capital, 1e-12, 1 - 1e-9)  # of the way to 1 / delta
         quantile = ndtri(share)
         slope = np.exp(-(quantile**2) / 2) / (np.sqrt(2 * np.pi) * share)
         bet = np.minimum(slope / np.sqrt(variance * (n - step)), 1 / (1 - alpha))
-        bet = np.where(delta * capital >= 1, 0.0, bet)
+        bet = np.where(betting_on, bet, 0.0)
         # At the largest bet, a loss of 1 takes all: rounding must not leave a debt.
         capital = capital * np.maximum(1 + bet * (alpha - loss), 0.0)
         best = np.maximum(best, capital)

@@ -20,8 +20,8 @@ import cpseg
 from cpseg import (
     Argmax,
     ClassConditionalCalibrator,
-    Guarantee,
     GroupCalibrator,
+    Guarantee,
     LocationCalibrator,
     SplitCalibrator,
 )
@@ -229,7 +229,9 @@ def guarantees() -> dict[str, Guarantee]:
 @pytest.mark.parametrize("name", guarantees())
 def test_every_statement_names_its_parts_and_how_many_images_it_rests_on(name: str) -> None:
     promise = guarantees()[name]
-    assert re.search(r"\bat most 0\.2\b|holds a share|E\[wrong\] / E\[kept\]|missing", promise.event)
+    assert re.search(
+        r"\bat most 0\.2\b|holds a share|E\[wrong\] / E\[kept\]|missing", promise.event
+    )
     assert "over the calibration" in promise.probability
     assert re.search(r"in expectation|probability|mean|average", str(promise))
     assert 0 < promise.n[0] <= promise.n[1]

@@ -84,8 +84,7 @@ def test_with_too_few_masks_the_outer_one_is_everything_and_the_inner_one_nothin
 def test_as_many_masks_as_are_said_to_do_are_enough_and_one_fewer_is_not(alpha: float) -> None:
     predicted = blobs(1, (5, 6), 0)
     (told,) = {
-        line.split("; ")[1]
-        for line in MarginCalibrator().compute(alpha).guarantee.exceptions
+        line.split("; ")[1] for line in MarginCalibrator().compute(alpha).guarantee.exceptions
     }
     needed = int(told.removesuffix(" would do."))
     for n, finite in ((needed, True), (needed - 1, False)):

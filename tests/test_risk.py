@@ -1,6 +1,7 @@
 """Risks against their definitions, calibrations against what they promise, and what is refused."""
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from cpseg import (
     gather,
     merge_all,
 )
-from cpseg.bounds import clopper_pearson, hoeffding_bentkus
+from cpseg.bounds import PValue, betting, clopper_pearson, hoeffding_bentkus, upper_bound
 from cpseg.calibration import _digest
 from cpseg.errors import FileError, InputError
 from cpseg.filters import AreaGuard, Top
@@ -405,6 +406,36 @@ def test_as_many_images_as_are_said_to_do_in_expectation_do() -> None:
     assert enough.compute(0.1).thresholds.isfinite().all()
 
 
+@pytest.mark.parametrize("bound", [betting, hoeffding_bentkus])
+def test_as_many_images_as_are_said_to_do_with_probability_do_and_half_of_them_do_not(
+    bound: PValue,
+) -> None:
+    # Where errors are all but gone, what is kept decides how much there is to bet on.
+    risk, start, alpha = KeptError(Argmax, 2), Start(torch.tensor([0.0625])), 0.05
+
+    def certified(n: int, seed: int) -> Calibration:
+        control = RiskCalibrator(risk, start=start).update(*separable(n, errors=0.005, seed=seed))
+        return control.compute(alpha, 0.1, bound=bound)
+
+    few = certified(46, 0)
+    told = re.search(r"At the errors seen here about (\d+) would", str(few.guarantee))
+    assert few.thresholds.isinf().all()
+    assert told is not None
+    enough = int(told[1])
+    assert enough > 60  # more than zero losses would need, and than were seen
+    do = [bool(certified(round(enough * 1.25), seed).thresholds.isfinite()) for seed in range(20)]
+    not_do = [bool(certified(enough // 2, seed).thresholds.isfinite()) for seed in range(20)]
+    assert sum(do) >= 15
+    assert sum(not_do) <= 5
+
+
+def test_far_more_images_than_could_be_had_are_not_counted() -> None:
+    # A loss of alpha but for a hair: no number within reach can tell it from alpha.
+    near = SetRisk(lambda sets, _: torch.full((len(sets),), 0.0999), "loss")
+    made = RiskCalibrator(near, grid=GRID).update(*scene(0)).compute(0.1, 0.1)
+    assert "not even 32 times as many would" in str(made.guarantee)
+
+
 def test_where_nothing_can_be_certified_nothing_is_kept_and_it_says_what_would_do() -> None:
     control = RiskCalibrator(KeptError(Argmax, 2), start=Start(torch.tensor([0.0625])))
     calibration = control.update(*separable(44)).compute(0.05, 0.1, bound=hoeffding_bentkus)
@@ -461,6 +492,29 @@ def test_certified_thresholds_are_those_the_binomial_tail_allows() -> None:
     got = control.compute(0.3, 0.1, bound=clopper_pearson).thresholds.item()
     assert got == pytest.approx(min(GRID[fits].tolist()), abs=1e-5)
     assert fits.tolist() == sorted(fits.tolist())
+
+
+@pytest.mark.parametrize("bound", [betting, hoeffding_bentkus])
+@pytest.mark.parametrize("alpha", [0.1, 0.3, 0.5])
+def test_for_a_monotone_risk_it_is_the_rule_of_an_upper_confidence_bound(
+    bound: PValue, alpha: float
+) -> None:
+    # RCPS (Bates et al., 2021): the tightest threshold, such that from there on every upper
+    # bound on the risk is at most alpha.
+    logits, labels = scene(13, batch=80)
+    seen: list[Tensor] = []
+
+    def spy(losses: Tensor, level: float, delta: float = 0.1) -> Tensor:
+        seen.append(losses)
+        return bound(losses, level, delta)
+
+    control = RiskCalibrator(Miscoverage(), grid=GRID).update(logits, labels)
+    got = control.compute(alpha, 0.1, bound=spy).thresholds.item()
+    highest = upper_bound(seen[0], 0.1, bound, steps=100)  # from the safe end on
+    fits = (highest <= alpha + 1e-9).double().cumprod(0).bool()
+    safest_first = GRID.flip(0)[fits].tolist()
+    expected = min(safest_first, default=torch.inf)
+    assert got == pytest.approx(expected, abs=1e-5)
 
 
 def test_classes_share_delta_only_where_asked() -> None:

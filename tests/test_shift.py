@@ -110,7 +110,9 @@ def test_as_many_images_as_are_said_to_do_under_weights_do() -> None:
     assert few.needed_units(0.0) == 1
     told = few.bounded(1.0).guarantee
     assert told.n == (6, 6)
-    assert "Every set holds every class: 6 images were seen; about 9 of their mean weight" in str(told)
+    assert "Every set holds every class: 6 images were seen; about 9 of their mean weight" in str(
+        told
+    )
     assert "as much as 5.1 images" in str(told)
     with pytest.raises(InputError, match="weight must be finite and >= 0"):
         few.needed_units(-1.0)

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, log
+from math import ceil
 from typing import Any, Self, cast, final
 
 import torch
@@ -447,21 +447,20 @@ class RiskCalibrator:
             # Columns from the safe end on.
             values = losses.values[losses.counted[:, row], row]
             values = values if self.risk.keeps else values.flip(1)
-            test: float | None = None
             if delta is None:
                 passed = self._in_expectation(values, alpha, monotonize=monotonize)
-                least = ceil(1 / level(alpha)) - 1
+                share, starts = 0.0, [0]
             else:
                 share = delta / (rows if simultaneous else 1)
                 starts = self._starts(row, grid) if len(values) else [0]
-                test = share / len(starts)
-                passed = fixed_sequence(bound(values, alpha, test), share, starts)
-                least = least_units(alpha, test)
+                passed = fixed_sequence(bound(values, alpha, share / len(starts)), share, starts)
             if bool(passed.any()):
                 last = int(passed.nonzero().max())
                 thresholds[row] = grid[last if self.risk.keeps else steps - 1 - last]
             elif rows == 1 or len(values) or self._wanted(row):
-                notes.append((row, _how_many(values, alpha, least, test)))
+                begun = values[:, starts]
+                test = share / len(starts)
+                notes.append((row, _how_many(begun, alpha, bound, None if delta is None else test)))
         if not self.risk.keeps and self.risk.monotone:
             # Another path to a score may lie this far off; for a monotone risk more is safer.
             slack = self.score.tolerance(self.num_classes or 1)
@@ -622,24 +621,42 @@ class RiskCalibrator:
         return tuple(told)
 
 
-def _how_many(values: Tensor, alpha: float, least: int, test: float | None) -> str:
-    """How many units would do, in a sentence or two."""
-    seen = f"{len(values)} images were seen; fewer than {least} can never do."
-    if not len(values):
+def _how_many(begun: Tensor, alpha: float, bound: PValue, test: float | None) -> str:
+    """How many units would do, in a sentence or two, by their losses where tests begin."""
+    least = ceil(1 / level(alpha)) - 1 if test is None else least_units(alpha, test)
+    seen = f"{len(begun)} images were seen; fewer than {least} can never do."
+    if not len(begun):
         return seen
-    means = values.mean(0)
-    if test is None:
-        excess = float(means.min())
-        if excess >= alpha:
-            return f"{seen} At the errors seen here no number of images would."
-        return f"{seen} At the errors seen here about {ceil((1 - alpha) / (alpha - excess))} would."
-    gaps = alpha - means
-    spread = values.var(0, correction=0) + alpha * (1 - alpha) / len(values)
-    best = int((gaps / spread.sqrt()).argmax())
-    if float(gaps[best]) <= 0:
+    low = float(begun.mean(0).min())
+    if low >= alpha:
         return f"{seen} At the errors seen here no number of images would."
-    needed = 2 * log(1 / test) * float(spread[best]) / float(gaps[best]) ** 2
-    return f"{seen} At the errors seen here about {max(ceil(needed), least)} would."
+    if test is None:
+        return f"{seen} At the errors seen here about {ceil((1 - alpha) / (alpha - low))} would."
+    enough = _enough(begun, alpha, bound, test, least)
+    if enough is None:
+        return f"{seen} At the errors seen here not even {_MANY} times as many would."
+    return f"{seen} At the errors seen here about {enough} would."
+
+
+_MANY = 32
+
+
+def _enough(begun: Tensor, alpha: float, bound: PValue, test: float, least: int) -> int | None:
+    """With how many images, losing again and again what these lost, a test rejects, to 2 %."""
+    seen = len(begun)
+
+    def rejects(count: int) -> bool:
+        return bool((bound(begun[torch.arange(count) % seen], alpha, test) <= test).any())
+
+    low, high = max(seen, least - 1), max(2 * seen, least)
+    while not rejects(high):
+        if high >= _MANY * max(seen, least):
+            return None
+        low, high = high, 2 * high
+    while high - low > max(high // 50, 1):
+        middle = (low + high) // 2
+        low, high = (low, middle) if rejects(middle) else (middle, high)
+    return high
 
 
 def _stack(rows: list[Tensor]) -> Tensor:
