@@ -760,7 +760,7 @@ def jobs(draws: int) -> dict[str, list[Callable[[], Iterator[Row]]]]:
             for kind in KINDS
             for name in RISKS
         ],
-        "Coverage": [partial(coverage_rows, draws)],
+        "Coverage": [partial(coverage_rows, draws, (n,)) for n in SIZES],
         "Masks, weights and streams": [
             partial(mask_rows, draws),
             partial(weighted_rows, draws),

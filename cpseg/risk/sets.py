@@ -47,15 +47,11 @@ class Miscoverage:
         True
     """
 
+    axes = ()
     keeps = False
     monotone = True
     starts = 1
     rule = None
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """One threshold for all."""
-        return ()
 
     def tally(self, batch: Batch) -> Tensor:
         """Pixels by the first threshold that covers them. int64 ``(B, K + 1)``."""
@@ -89,15 +85,11 @@ class FalseNegativeRate:
     num_classes: int
     classes: tuple[int, ...] | None = None
 
+    axes = ("class",)
     keeps = False
     monotone = True
     starts = 1
     rule = None
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """One threshold per class."""
-        return ("class",)
 
     def __post_init__(self) -> None:
         check_classes(self.num_classes, self.classes)
@@ -135,15 +127,11 @@ class DilutedFalseNegativeRate:
     num_classes: int
     classes: tuple[int, ...] | None = None
 
+    axes = ("class",)
     keeps = False
     monotone = True
     starts = 1
     rule = None
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """One threshold per class."""
-        return ("class",)
 
     def __post_init__(self) -> None:
         check_classes(self.num_classes, self.classes)
@@ -178,15 +166,11 @@ class WorstFalseNegativeRate:
 
     num_classes: int
 
+    axes = ()
     keeps = False
     monotone = True
     starts = 1
     rule = None
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """One threshold for all."""
-        return ()
 
     def __post_init__(self) -> None:
         check_classes(self.num_classes, None)
@@ -223,15 +207,11 @@ class CoverageShare:
 
     tau: float
 
+    axes = ()
     keeps = False
     monotone = True
     starts = 1
     rule = None
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """One threshold for all."""
-        return ()
 
     def __post_init__(self) -> None:
         _checks.check_alpha(self.tau, "tau")
@@ -271,15 +251,11 @@ class InstanceRecall:
 
     tau: float = 0.5
 
+    axes = ()
     keeps = False
     monotone = True
     starts = 1
     rule = None
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """One threshold for all."""
-        return ()
 
     def __post_init__(self) -> None:
         _checks.check_alpha(self.tau, "tau")
@@ -341,14 +317,10 @@ class SetRisk:
     name: str
     monotone: bool = False
 
+    axes = ()
     keeps = False
     starts = 1
     rule = None
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """One threshold for all."""
-        return ()
 
     def tally(self, batch: Batch) -> Tensor:
         """Losses in units of ``1 / UNIT_MASS``, tiles and pixels. int64 ``(B, K + 2)``."""
