@@ -627,14 +627,14 @@ def _how_many(begun: Tensor, alpha: float, bound: PValue, test: float | None) ->
     seen = f"{len(begun)} images were seen; fewer than {least} can never do."
     if not len(begun):
         return seen
-    low = float(begun.mean(0).min())
-    if low >= alpha:
+    gain = alpha - float(begun.mean(0).min()) if test is None else _gain(begun, alpha, bound)
+    if gain < 1e-12:  # where nothing is kept, losses are alpha but for a rounding
         return f"{seen} At the errors seen here no number of images would."
     if test is None:
-        return f"{seen} At the errors seen here about {ceil((1 - alpha) / (alpha - low))} would."
+        return f"{seen} At the errors seen here about {ceil((1 - alpha) / gain)} would."
     # A fifth more than it takes on average to gain a factor of 1 / test.
-    would = ceil(1.2 * log(1 / test) / _gain(begun, alpha, bound))
-    return f"{seen} At the errors seen here about {max(would, least, len(begun) + 1)} would."
+    would = max(ceil(1.2 * log(1 / test) / gain), least, len(begun) + 1)
+    return f"{seen} At the errors seen here about {would} would."
 
 
 def _gain(begun: Tensor, alpha: float, bound: PValue) -> float:
@@ -645,8 +645,8 @@ def _gain(begun: Tensor, alpha: float, bound: PValue) -> float:
     if bound in _ANY_ORDER:  # relative entropy
         entropy = torch.xlogy(mean, mean / alpha) + torch.xlogy(1 - mean, (1 - mean) / (1 - alpha))
         return float(entropy.max())
-    bets = torch.linspace(0, 1 / (1 - alpha), 101, dtype=begun.dtype)[1:-1, None, None]
-    return float((1 + bets * (alpha - begun)).log().mean(1).max())
+    bets = [step / 40 / (1 - alpha) for step in range(1, 40)]
+    return max(float((1 + bet * (alpha - begun)).log().mean(0).max()) for bet in bets)
 
 
 def _stack(rows: list[Tensor]) -> Tensor:
