@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from math import prod
+from math import ceil, prod
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Self, cast, final
@@ -79,6 +79,7 @@ class Control:
         event: What is bounded, and by how much.
         assumptions: What must be true for it.
         notes: Where nothing, or nothing useful, is promised, and what would help.
+        over: What the statement is over, where that is not the calibration images.
     """
 
     risk: str
@@ -87,6 +88,7 @@ class Control:
     event: str
     assumptions: tuple[str, ...]
     notes: tuple[str, ...]
+    over: str | None = None
 
 
 @final
@@ -172,9 +174,12 @@ class Calibration:
                 level=_level(self.alpha),
                 unit=self.unit,
                 n=(int(counted.min()), int(counted.max())),
-                probability=_OVER["image"] + " the calibration images and the new one"
-                if delta is None
-                else often,
+                probability=self.control.over
+                or (
+                    f"{_OVER['image']} the calibration images and the new one"
+                    if delta is None
+                    else often
+                ),
                 assumptions=self.control.assumptions,
                 exceptions=self.control.notes,
             )
@@ -352,6 +357,7 @@ def _control(entry: Mapping[str, Any] | None) -> Control | None:
         event=entry["event"],
         assumptions=tuple(entry["assumptions"]),
         notes=tuple(entry["notes"]),
+        over=entry.get("over"),
     )
 
 
@@ -535,9 +541,16 @@ def _exceptions(calibration: Calibration, unit: Literal["image", "pixel"]) -> tu
     lines: list[str] = []
     there = " there" if axes else ""
     result = "kept in every set" if "class" in axes else f"every set{there} is full"
-    if starved.any():
-        place = f" for {_where(axes, starved)}" if axes else ""
-        lines.append(f"No finite threshold can promise this{place} {few}: {result}.")
+    needed = _needed(calibration)
+    short = starved & (calibration.num_units < needed)
+    for where, why in ((short, few), (starved & ~short, "as too many scores are infinite")):
+        if where.any():
+            place = f" for {_where(axes, where)}" if axes else ""
+            lines.append(f"No finite threshold can promise this{place} {why}: {result}.")
+    if short.any():
+        least, most = (int(x) for x in needed[short].aminmax())
+        count = f"{least}" if least == most else f"{least} to {most}"
+        lines.append(f"{count} {unit}s{' each' if axes else ''} would do.")
     full = _at_the_end(calibration)
     if full.any():
         place = f"For {_where(axes, full)} the" if axes else "The"
@@ -560,6 +573,14 @@ def _exceptions(calibration: Calibration, unit: Literal["image", "pixel"]) -> tu
     elif axes:
         lines.append("It does not imply the same for an image as a whole.")
     return tuple(lines)
+
+
+def _needed(calibration: Calibration) -> Tensor:
+    """Fewest units that allow a finite threshold. int64, shape of thresholds."""
+    alpha = calibration.alpha
+    alphas = alpha if isinstance(alpha, tuple) else (alpha,)
+    least = torch.tensor([ceil(1 / level(a)) - 1 for a in alphas])
+    return least.expand(calibration.thresholds.shape)
 
 
 def _at_the_end(calibration: Calibration) -> Tensor:

@@ -628,12 +628,12 @@ class AdaptiveLevel:
         self.level: float = alpha
         self._calibrator = calibrator
         self._base = calibrator.compute(alpha)
-        self._at: tuple[float, Calibration] = alpha, self._base
+        self._at: tuple[float, Calibration] | None = None  # for which level it was made
 
     @property
     def calibration(self) -> Calibration:
         """What holds for the next frame; it promises nothing by itself."""
-        if self._at[0] != self.level:
+        if self._at is None or self._at[0] != self.level:
             if 0 < self.level < 1:
                 made = self._calibrator.compute(self.level)
             else:
@@ -643,12 +643,20 @@ class AdaptiveLevel:
                 risk="adaptive miscoverage",
                 rule=None,
                 delta=None,
-                event=f"Nothing is promised for one frame; over many, a share {self.alpha:g} is missed",
-                assumptions=("labels of each frame follow it",),
-                notes=(),
+                event=(
+                    "The mean share of labelled pixels whose class is missing from their set "
+                    f"differs from {self.alpha:g} by at most {self._reach():.3g} / T"
+                ),
+                over="over any T frames, whatever they are",
+                assumptions=("the labels of each frame are learned before the next is predicted",),
+                notes=("Nothing is promised for one frame.",),
             )
             self._at = self.level, replace(made, control=control)
         return self._at[1]
+
+    def _reach(self) -> float:
+        """How far the sum of missed shares can stray from what was asked for."""
+        return (max(self.alpha, 1 - self.alpha) + self.gamma) / self.gamma
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Sets of a frame at the present level. ``(B, C, *S)`` to bool ``(B, C, *S)``."""

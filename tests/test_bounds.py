@@ -55,16 +55,18 @@ def test_hoeffding_bentkus_is_the_smaller_of_its_two_formulas(
 
 
 def slow_betting(losses: list[float], alpha: float, delta: float) -> float:
-    capital, best, seen = 1.0, 1.0, [alpha] * 8
-    squares = 8 * alpha * (1 - alpha)
+    capital, best, seen = 1.0, 1.0, list[float]()
+    prior = len(losses) / 25
+    squares = prior * alpha * (1 - alpha)
     for step, loss in enumerate(losses):
+        weight = prior + len(seen)
         if delta * capital < 1:
             share = min(max(delta * capital, 1e-12), 1 - 1e-9)
-            spread = sqrt(squares / len(seen) * (len(losses) - step))
+            spread = sqrt(squares / weight * (len(losses) - step))
             bet = min(float(norm.pdf(norm.ppf(share))) / share / spread, 1 / (1 - alpha))
             capital *= max(1 + bet * (alpha - loss), 0)
             best = max(best, capital)
-        squares += (loss - sum(seen) / len(seen)) ** 2
+        squares += (loss - (prior * alpha + sum(seen)) / weight) ** 2
         seen.append(loss)
     return 1 / best
 

@@ -27,6 +27,7 @@ from cpseg import (
 )
 from cpseg.calibration import _digest, describe_score
 from cpseg.errors import FileError, InputError
+from cpseg.fitted import RC3P
 from cpseg.protocols import Score
 from cpseg.tuning import annuli
 
@@ -539,8 +540,26 @@ def test_groups_without_a_finite_threshold_are_named(
     # Where the fallback has no finite threshold either, the full sets keep the promise.
     text = str(made(kind, alpha=0.01, fallback=fallback).guarantee)
     assert told in text
+    assert f" 99 images{'' if kind == 'split' else ' each'} would do." in text
     assert "Nothing is promised" not in text
     assert "end of the score's range" not in text
+
+
+def test_as_many_images_as_would_do_are_told_per_level_and_not_where_there_are_enough() -> None:
+    logits = torch.tensor([[4.0, 0.0, 0.0]]).repeat(30, 1)
+    labels = torch.tensor([0] * 20 + [1] * 7 + [2] * 3)
+    calibrator = ClassConditionalCalibrator(3).update(logits, labels)
+    assert "19 images each would do." in str(calibrator.compute(0.05).guarantee)
+    mixed = calibrator.compute([0.05, 0.1, 0.2]).guarantee
+    assert "for classes 1, 2 with" in str(mixed)
+    assert "4 to 9 images each would do." in str(mixed)
+    assert "would do" not in str(calibrator.compute(0.3).guarantee)
+    # Enough images, and yet nothing is finite: more of them would not help.
+    beyond = SplitCalibrator(RC3P((1, 1, 1))).update(logits[:, [1, 0, 2]], labels).compute(0.1)
+    assert beyond.thresholds.tolist() == [torch.inf]
+    told = str(beyond.guarantee)
+    assert "can promise this as too many scores are infinite: every set is full." in told
+    assert "would do" not in told
 
 
 @pytest.mark.parametrize(

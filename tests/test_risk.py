@@ -274,15 +274,18 @@ def test_betting_gives_the_same_whatever_the_order_units_came_in() -> None:
     assert len(results) == 1
 
 
-def test_betting_fails_no_more_often_than_stated_with_one_seed_for_all_draws() -> None:
-    # With the same shuffle of sorted losses in every draw, this seed fails in a fifth of them.
-    draws, n, alpha, delta = 200, 100, 0.1, 0.05
+@pytest.mark.parametrize("seed", [0, 5])
+def test_betting_fails_no_more_often_than_stated_with_one_seed_for_all_draws(seed: int) -> None:
+    # With the same shuffle of sorted losses in every draw, one drawn from the seed alone, these
+    # fail in 12 to 21 % of them.
+    draws, n, alpha, delta = 400, 100, 0.1, 0.05
     generator = torch.Generator().manual_seed(0)
     failures = 0
     for _ in range(draws):
         labels = (torch.rand(n, generator=generator) < alpha).long()
         logits = torch.stack((1 + torch.rand(n, generator=generator), torch.zeros(n)), 1)
-        control = RiskCalibrator(Miscoverage(), grid=torch.tensor([0.5])).update(logits, labels)
+        control = RiskCalibrator(Miscoverage(), grid=torch.tensor([0.5]), seed=seed)
+        control.update(logits, labels)
         failures += control.compute(alpha, delta).thresholds.item() < 1
     assert failures <= binom.ppf(0.9999, draws, delta)
 

@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 from math import ceil
+from pathlib import Path
 
 import pytest
 import torch
@@ -369,6 +370,18 @@ def test_outside_the_unit_interval_sets_are_full_or_empty() -> None:
     expected = PixelSetPredictor(SplitCalibrator().update(logits, labels).compute(0.5))(logits)
     assert torch.equal(following(logits), expected)
     assert isinstance(following.calibration, Calibration)
+
+
+def test_a_moving_level_says_what_it_promises_and_that_this_is_not_about_one_frame(
+    tmp_path: Path,
+) -> None:
+    following = AdaptiveLevel(SplitCalibrator().update(*images(20)), 0.2, gamma=0.5)
+    text = str(following.calibration.guarantee)
+    assert "their set differs from 0.2 by at most 2.6 / T, over any T frames, whatever" in text
+    assert "Nothing is promised for one frame." in text
+    assert "expectation" not in text
+    following.calibration.save(tmp_path / "frame.json")
+    assert str(Calibration.load(tmp_path / "frame.json").guarantee) == text
 
 
 def test_frames_without_labels_change_nothing() -> None:
