@@ -700,3 +700,44 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     assert back.state_dict()["config"] == state["config"]
     with pytest.raises(InputError, match="risk must be the one that made this"):
         RiskCalibrator.from_state_dict(state, risk=Miscoverage())
+
+
+def test_a_risk_of_kept_labels_is_monotone_if_it_rises_with_the_threshold() -> None:
+    logits, labels = scene(0)
+
+    def kept(made: Tensor, truth: Tensor) -> Tensor:
+        del truth
+        return (made != 255).flatten(1).double().mean(1)
+
+    rising = KeptRisk(kept, Argmax, C, "share kept", monotone=True)
+    RiskCalibrator(rising, grid=GRID).update(logits, labels).compute(0.5, 0.1)
+    fading = KeptRisk(lambda x, y: 1 - kept(x, y), Argmax, C, "share dropped", monotone=True)
+    with pytest.raises(InputError, match="risk must be monotone, as it is declared; got 5 units"):
+        RiskCalibrator(fading, grid=GRID).update(logits, labels).compute(0.5, 0.1)
+
+
+def test_only_where_more_is_safer_are_thresholds_raised_by_the_tolerance() -> None:
+    # A threshold of any other risk is used as it was tested.
+    logits, labels = scene(0, batch=60)
+
+    def missed(sets: Tensor, truth: Tensor) -> Tensor:
+        held = sets.gather(1, torch.where(truth != 255, truth, 0)[:, None])[:, 0]
+        return (~held & (truth != 255)).flatten(1).double().mean(1)
+
+    for monotone in (True, False):
+        risk = SetRisk(missed, "share missed", monotone=monotone)
+        made = RiskCalibrator(risk, grid=GRID).update(logits, labels).compute(0.6, 0.1)
+        threshold = made.thresholds.item()
+        assert threshold < 1
+        assert (threshold in GRID.tolist()) is not monotone
+        assert min((threshold - GRID[threshold >= GRID]).tolist()) < 1e-4
+
+
+def test_an_image_that_keeps_nothing_has_a_false_share_of_zero_and_counts() -> None:
+    logits = torch.tensor([[[9.0, 9.0], [0.0, 0.0]], [[0.1, 0.1], [0.0, 0.0]]])
+    labels = torch.tensor([[0, 1], [1, 1]])
+    control = RiskCalibrator(FalseShare(Argmax, 2), grid=torch.tensor([0.2, 0.9]))
+    rows = control.update(logits, labels, range(2))._units
+    losses = control.risk.losses(torch.stack([rows[0], rows[1]]), 0.1)
+    assert losses.values[:, 0].tolist() == [[0.5, 0.5], [0.0, 1.0]]
+    assert losses.counted.all()
