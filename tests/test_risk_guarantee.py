@@ -185,6 +185,8 @@ def lines_of_page() -> dict[tuple[str, str], list[str]]:
     return found
 
 
+@pytest.mark.guarantee
+@pytest.mark.usefixtures("asked")
 def test_the_page_has_every_line_and_all_of_ours_hold() -> None:
     page = lines_of_page()
     ours = {key: cells for key, cells in page.items() if not key[0].startswith("*")}
@@ -211,6 +213,8 @@ def test_the_page_has_every_line_and_all_of_ours_hold() -> None:
     assert told.groups() == (str(len(ours)), str(len(ours)), str(len(page) - len(ours)))
 
 
+@pytest.mark.guarantee
+@pytest.mark.usefixtures("asked")
 def test_the_page_shows_betting_to_give_away_least_from_200_images_on() -> None:
     page, compared = lines_of_page(), 0
     for (name, where), cells in page.items():
@@ -223,6 +227,8 @@ def test_the_page_shows_betting_to_give_away_least_from_200_images_on() -> None:
     assert compared == 24
 
 
+@pytest.mark.guarantee
+@pytest.mark.usefixtures("asked")
 def test_some_lines_of_the_page_are_those_that_the_command_prints_now() -> None:
     page = lines_of_page()
     rows = [
