@@ -3,6 +3,7 @@
 import html
 import io
 import json
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cpseg import Calibration, ClassConditionalCalibrator, Singleton, SplitCalibrator
+from cpseg import (
+    Argmax,
+    BackgroundPriority,
+    Calibration,
+    ClassConditionalCalibrator,
+    Singleton,
+    SplitCalibrator,
+)
 from cpseg.annotators import CachedAnnotator
 from cpseg.cli import main
 from cpseg.cli.inputs import Logits, unit_ids
-from cpseg.errors import FileError
+from cpseg.errors import FileError, InputError
+from cpseg.risk import KeptError, RiskCalibrator
 from cpseg.training import PseudoLabelStore
 
 IMAGES, CLASSES, SIZE = 11, 3, (5, 7)
@@ -467,3 +476,86 @@ def test_report_writes_one_file_and_json(
     assert found["worst_images"][0] in text
     assert html.escape(shlex.join(["python", "-m", "cpseg", *words, "--json"])) in text
     assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
+
+
+def reported(folder: Path, calibration: Path, out: Path, *words: str) -> str:
+    """The page, without the command that made it."""
+    inputs = ["--logits", f"{folder}/logits", "--values", "logits", "--labels", f"{folder}/masks"]
+    assert main(["report", str(calibration), *inputs, "-o", str(out), *words]) == 0
+    return re.sub(r"<pre>.*?</pre>", "", out.read_text("utf-8"))
+
+
+@pytest.mark.dist
+def test_processes_give_the_identical_report(
+    folder: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    alone = reported(folder, calibration, tmp_path / "alone.html")
+    told = capsys.readouterr().out.partition(f"{tmp_path}")[0]
+    assert reported(folder, calibration, tmp_path / "shared.html", "--jobs", "2") == alone
+    assert capsys.readouterr().out.partition(f"{tmp_path}")[0] == told
+
+
+@pytest.fixture(scope="module")
+def compact(folder: Path) -> Path:
+    """A cache that stores the best class only."""
+    by_image = {image_of(index).numpy().tobytes(): index for index in range(IMAGES)}
+
+    def annotator(images: Tensor) -> Tensor:
+        return torch.stack([logits_of(by_image[image.numpy().tobytes()]) for image in images])
+
+    root = folder / "compact"
+    made = CachedAnnotator(root, annotator, source="test", best=1)
+    listed = {f"{NAMES[index]}.jpg": made.ensure(image_of(index)) for index in range(IMAGES)}
+    (root / "images.json").write_text(json.dumps(listed))
+    return root
+
+
+@pytest.mark.parametrize("rule", ["background", "singleton"])
+def test_a_compact_cache_abstains_where_it_does_not_hold_enough_and_counts_it(
+    folder: Path, compact: Path, tmp_path: Path, rule: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    inputs = ["--logits", str(compact)]
+    labels = ["--labels", f"{folder}/masks"]
+    out, kept = tmp_path / "c.json", tmp_path / "kept"
+    assert main(["calibrate", *inputs, *labels, "--alpha", "0.3", "-o", str(out)]) == 0
+    capsys.readouterr()
+    choice = ["--rule", rule]
+    assert main(["filter", str(out), *inputs, *choice, "-o", str(kept), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    keep = (BackgroundPriority if rule == "background" else Singleton)(Calibration.load(out))
+    again = CachedAnnotator(compact).filter_again(
+        torch.stack([image_of(index) for index in range(IMAGES)]), keep
+    )
+    assert 0 < found["unsettled"] == again.unsettled
+    assert sum(found["reasons"].values()) + again.unsettled == found["pixels"] == IMAGES * 35
+    assert found["reasons"]["kept"] == sum(found["pixels_kept"]) == int((again.labels != 255).sum())
+    store = PseudoLabelStore(kept)
+    for index, name in enumerate(NAMES):
+        assert torch.equal(store.load(name), again.labels[index])
+
+    # What the table says, and what the report measures, is what was written.
+    assert main(["filter", str(out), *inputs, *choice, "-o", f"{tmp_path}/more"]) == 0
+    share = f"{again.unsettled / (IMAGES * 35):.1%}"
+    assert f"{share}  a class that the compact cache does not store" in capsys.readouterr().out
+    page = f"{tmp_path}/r.html"
+    assert main(["report", str(out), *inputs, *labels, *choice, "-o", page, "--json"]) == 0
+    known = torch.stack([labels_of(index) for index in range(IMAGES)]) != 255
+    wanted = ((again.labels != 255) & known).sum().item() / known.sum().item()
+    assert json.loads(capsys.readouterr().out)["kept"] == pytest.approx(wanted)
+    with pytest.raises(InputError, match="must be a filter"):
+        CachedAnnotator(compact).filter_file("x", None)  # type: ignore[arg-type]
+
+
+def test_a_certified_filter_is_applied_to_what_a_compact_cache_answers(compact: Path) -> None:
+    cache = CachedAnnotator(compact)
+    listed = json.loads((compact / "images.json").read_text())
+    control = RiskCalibrator(KeptError(Argmax, CLASSES), source=cache.source)
+    for index in range(IMAGES):
+        logits = cache.read(listed[f"{NAMES[index]}.jpg"])
+        control.update(logits[None], labels_of(index)[None])
+    certified = Argmax(control.compute(0.5, 0.5))
+    logits = Logits({"a": compact / listed[f"{NAMES[0]}.jpg"]}, cache.source, "logits", None, cache)
+    assert logits.settled("a", certified) is None
+    assert logits.settled("a", Argmax(SplitCalibrator(source=cache.source).compute(0.5)))

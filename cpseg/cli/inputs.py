@@ -19,9 +19,11 @@ from torch import Tensor
 
 from cpseg import _checks
 from cpseg.annotators import CachedAnnotator
+from cpseg.annotators.cache import FilteredAgain
 from cpseg.annotators.folder import read_class_names
 from cpseg.data.folder import read_image, read_mask
 from cpseg.errors import CpsegError, FileError, InputError
+from cpseg.report import AnyFilter
 from cpseg.scores import logits_from_probabilities
 
 __all__ = [
@@ -148,9 +150,18 @@ class Logits:
         except InputError as error:
             raise FileError(f"{path}: {error}") from error
 
-    def num_classes(self) -> int:
-        """C of the first file."""
-        return len(self.read(next(iter(self.files))))
+    def settled(self, name: str, keep: AnyFilter) -> FilteredAgain | None:
+        """Labels of a compact cache, which abstain where a class that is not stored could decide.
+
+        None where the filter's own answer to the logits stands: all classes are there, or the
+        error of exactly that answer was controlled.
+        """
+        control = keep.calibration.control
+        if self.cache is None or self.cache.best is None:
+            return None
+        if control is not None and control.rule is not None:
+            return None
+        return self.cache.filter_file(self.files[name], keep)
 
 
 @final
