@@ -53,7 +53,12 @@ def training(log: str | os.PathLike[str]) -> "matplotlib.figure.Figure":
     label(panels[2], "", "kept share")
     found = [(e["step"], _number(e, "miou")) for e in evaluations]
     panels[3].plot(
-        [step for step, _ in found], [miou for _, miou in found], "o-", color=MEASURED, ms=4
+        [step for step, _ in found],
+        [miou for _, miou in found],
+        "o-",
+        color=MEASURED,
+        ms=4,
+        clip_on=False,  # the last one lies on the edge
     )
     label(panels[3], "step", "mIoU")
     if not found:

@@ -130,7 +130,7 @@ def reliability(counts: ConfidenceCounts) -> "matplotlib.figure.Figure":
     above.plot([0, 1], [0, 1], color="#888888", ls=":", lw=1.2, label="as confident as right")
     x, y = [float(confidence[i]) for i in steps], [float(accuracy[i]) for i in steps]
     above.vlines(x, y, x, colors=PROMISED, lw=5, alpha=0.35, label="too confident, or too little")
-    above.plot(x, y, "o-", color=MEASURED, ms=5, label="measured")
+    above.plot(x, y, "o-", color=MEASURED, ms=5, label="measured", clip_on=False)
     gap = float(((confidence - accuracy).abs() * share).nansum()) if steps else math.nan
     above.set_xlim(0, 1.01)
     above.set_ylim(0, 1.03)
