@@ -139,7 +139,7 @@ class CachedAnnotator:
 
     @property
     def best(self) -> int | None:
-        """How many best classes the compact form stores; None: all classes are there."""
+        """How many best classes the compact form stores. None in the form that stores all."""
         return cast("int | None", self._note["best"])
 
     @property
