@@ -121,7 +121,8 @@ def test_calibrate_writes_what_a_loop_over_the_images_gives(
 ) -> None:
     out, loop = tmp_path / "c.json", tmp_path / "loop.json"
     assert calibrate(folder, out, "--classes", f"{folder}/classes.txt") == 0
-    by_hand(ClassConditionalCalibrator(CLASSES), list(range(IMAGES))).save(loop)
+    source = "an unnamed source of logits"
+    by_hand(ClassConditionalCalibrator(CLASSES, source=source), list(range(IMAGES))).save(loop)
     assert out.read_bytes() == loop.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json", "loop.json"]
     lines = capsys.readouterr().out.splitlines()
@@ -167,7 +168,8 @@ def test_probabilities_and_a_cache_agree_with_logits(
     torch.testing.assert_close(theirs.thresholds, ours.thresholds, atol=2e-3, rtol=0)
     torch.testing.assert_close(cached.thresholds, ours.thresholds, atol=5e-3, rtol=0)
     assert cached.source == CachedAnnotator(cache).source
-    assert (ours.source, theirs.source) == (None, None)
+    assert ours.source == "an unnamed source of logits"
+    assert theirs.source == "an unnamed source of probabilities"
 
 
 def test_a_cache_is_read_without_its_images(cache: Path) -> None:
@@ -354,11 +356,11 @@ def test_what_arrays_hold_is_declared_and_never_guessed(
 def test_an_npz_file_with_several_arrays_needs_a_key(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", p=np.zeros((2, 3), "f4"), q=np.ones((2, 3), ">f8"))
     files = {"a": tmp_path / "a.npz"}
-    assert Logits(files, None, "logits", "q", None).read("a").tolist() == [[1.0] * 3] * 2
+    assert Logits(files, "", "logits", "q", None).read("a").tolist() == [[1.0] * 3] * 2
     with pytest.raises(FileError, match="--key must name one; it holds p, q"):
-        Logits(files, None, "logits", None, None).read("a")
+        Logits(files, "", "logits", None, None).read("a")
     with pytest.raises(FileError, match="must hold the array r"):
-        Logits(files, None, "logits", "r", None).read("a")
+        Logits(files, "", "logits", "r", None).read("a")
 
 
 @pytest.fixture(scope="module")
@@ -429,7 +431,28 @@ def test_filter_refuses_a_folder_that_holds_something_and_other_sources(
     assert main(["filter", str(calibration), *words]) == 2
     assert "must come from the logits it is used with" in told()
     assert filtered(folder, tmp_path / "none.json", tmp_path / "kept") == 2
-    assert "none.json" in told()
+    assert told() == (
+        f"cpseg: {tmp_path}/none.json must be a calibration that cpseg calibrate wrote; "
+        "No such file or directory"
+    )
+
+
+def test_logits_and_probabilities_are_not_taken_for_one_another(
+    folder: Path, calibration: Path, tmp_path: Path, told: Callable[[], str]
+) -> None:
+    words = ["--logits", f"{folder}/probabilities", "--values", "probabilities"]
+    out = ["-o", f"{tmp_path}/kept"]
+    assert main(["filter", str(calibration), *words, *out]) == 2
+    assert "made from an unnamed source of logits, these are from an unnamed source of prob" in (
+        told()
+    )
+    assert list(tmp_path.iterdir()) == []
+    assert filtered(folder, calibration, tmp_path / "kept", "--source", "seem") == 2
+    assert "these are from seem" in told()
+    made_in_python = tmp_path / "c.json"
+    by_hand(ClassConditionalCalibrator(CLASSES), list(range(IMAGES))).save(made_in_python)
+    assert filtered(folder, made_in_python, tmp_path / "kept") == 0
+    assert filtered(folder, made_in_python, tmp_path / "more", "--source", "seem") == 2
 
 
 @pytest.fixture

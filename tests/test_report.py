@@ -326,6 +326,8 @@ def test_an_image_is_seen_once_and_all_are_seen(calibration: Calibration) -> Non
     other = Observations(calibration, Singleton(calibration), NAMES).update(0, images[1])
     with pytest.raises(InputError, match="got 0 twice"):
         one.merge(other)
+    with pytest.raises(InputError, match="worst must be an integer >= 0; got -1"):
+        one.compute(images[:1], worst=-1)
     with pytest.raises(InputError, match="entries must be the images that were seen, 1; got 3"):
         one.compute(images)
 

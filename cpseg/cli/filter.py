@@ -187,9 +187,8 @@ def _nothing(classes: int) -> _Counts:
 
 def run(given: argparse.Namespace) -> int:
     """Filter; 0 when done."""
-    calibration = Calibration.load(given.calibration)
     logits = Logits.open(given)
-    logits.check_source(calibration.source)
+    calibration = logits.calibration(given.calibration)
     names = selected(logits.files, given.names, "logits")
     keep = rule(given, calibration)
     classes = len(logits.read(names[0]))
@@ -204,7 +203,7 @@ def run(given: argparse.Namespace) -> int:
             beside,
             calibration,
             classes=titles,
-            model=logits.source or "not told (--source)",
+            model=logits.source,
             split=given.names.name if given.names is not None else given.logits.name,
         )
         work = _Filter(logits, keep, store, classes)

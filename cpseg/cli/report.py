@@ -10,7 +10,6 @@ from typing import final
 
 from cpseg import report
 from cpseg.annotators.cache import write_whole
-from cpseg.calibration import Calibration
 from cpseg.cli.console import check_output, percent, print_json
 from cpseg.cli.filter import add_rule_arguments, rule
 from cpseg.cli.inputs import (
@@ -118,9 +117,8 @@ class _Observe:
 
 def run(given: argparse.Namespace) -> int:
     """Write the report; 0 when done."""
-    calibration = Calibration.load(given.calibration)
     logits = Logits.open(given)
-    logits.check_source(calibration.source)
+    calibration = logits.calibration(given.calibration)
     labels = Labels.open(given.labels, calibration.ignore_index)
     names = matched(logits, labels, given.names)
     images = None if given.images is None else Images.open(given.images)

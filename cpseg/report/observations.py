@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self, final
 import torch
 from torch import Tensor
 
-from cpseg import plots
+from cpseg import _checks, plots
 from cpseg.calibration import Calibration
 from cpseg.calibrators import ClassConditionalCalibrator, SplitCalibrator
 from cpseg.errors import InputError
@@ -135,8 +135,10 @@ class Observations:
             What was found.
 
         Raises:
-            InputError: If there are no images, or not all of them were seen.
+            InputError: If there are no images, or not all of them were seen, or ``worst`` is
+                negative.
         """
+        worst = _checks.check_integer("worst", worst, 0)
         count = len(entries)
         if count == 0:
             raise InputError("entries must hold at least one labelled image; got none")
