@@ -12,7 +12,7 @@ import torch
 from cpseg import BackgroundPriority, ClassConditionalCalibrator
 from cpseg.metrics import SelectiveAccuracy
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 
 

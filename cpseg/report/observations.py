@@ -12,7 +12,7 @@ from cpseg import _checks, plots
 from cpseg.calibration import Calibration
 from cpseg.calibrators import ClassConditionalCalibrator, SplitCalibrator
 from cpseg.errors import InputError
-from cpseg.filters import rule_of
+from cpseg.filters import Singleton, rule_of
 from cpseg.metrics import Coverage, SelectiveAccuracy, SelectiveAccuracyReport, SetSize
 from cpseg.plots import ConfidenceCounts
 from cpseg.predictors import PixelSetPredictor
@@ -153,7 +153,7 @@ class Observations:
         raw, kept = self._raw.compute(), self._kept.compute()
         return Findings(
             calibration=self.calibration,
-            rule=rule_of(self.keep),
+            rule="Singleton" if isinstance(self.keep, Singleton) else rule_of(self.keep),
             class_names=self.class_names,
             coverage=covered,
             sizes=sizes,
