@@ -272,6 +272,16 @@ SPOILED: list[tuple[Callable[[Path], object], str]] = [
         "logits/im03.npy must hold floats of shape (C, *S); got int64 (3, 5, 7)",
     ),
     (
+        lambda root: save(root / "logits/im03.npy", np.zeros((5, 7, 3), "f4")),
+        "size of its logits, (7, 3); got (5, 7). Logits are (C, *S), classes first",
+    ),
+    (
+        lambda root: (root / "logits/im03.npy").write_bytes(
+            (root / "logits/im03.npy").read_bytes()[:200]
+        ),
+        "logits/im03.npy must be a sound .npy file; Failed to read all data",
+    ),
+    (
         lambda root: save(root / "logits/im03.npy", np.full((3, 5, 7), np.nan, "f4")),
         "logits/im03.npy must have a finite logit at every labelled pixel and no NaN",
     ),

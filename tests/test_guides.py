@@ -3,6 +3,7 @@
 What nobody can have at hand, weights and whole data sets, is tiny or made up here.
 """
 
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -214,6 +215,60 @@ def test_the_command_of_the_page_on_annotators(
     monkeypatch.setattr("cpseg.annotators.folder.SEEMAnnotator", tokenized)
     assert main([*shlex.split(command), "--device", "cpu"]) == 0
     assert Path("cache/images.json").exists()
+
+
+def test_the_examples_of_help_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image: Any = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    write_seem(tmp_path / "seem_focalt_v1.pt")
+    Path("classes.txt").write_text("background\ncat: cat, kitten\n")
+    Path("patients.csv").write_text("".join(f"{name},{name // 2}\n" for name in range(6)))
+    for folder in ("photos", "test-photos", "masks", "test-masks", "softmax"):
+        Path(folder).mkdir()
+    for name in range(6):
+        noise = np.random.default_rng(name).integers(0, 255, (32, 40, 3), "u1")
+        for folder in ("photos", "test-photos"):
+            image.fromarray(noise // (1 + (folder == "photos"))).save(f"{folder}/{name}.png")
+        for folder in ("masks", "test-masks"):
+            image.fromarray((noise[..., 0] > 200).astype("u1")).save(f"{folder}/{name}.png")
+        shares = torch.rand(2, 32, 40, generator=torch.Generator().manual_seed(name)).softmax(0)
+        np.save(f"softmax/{name}.npy", shares.numpy())
+    write_voc(Path("VOC2012"))
+    recipe = {"name": "supervised", "num_classes": 6, "steps": 1, "crop": [16, 16]}
+    part = {"root": "VOC2012", "split": "labeled.txt"}
+    config = {"recipe": recipe, "student": {"width": 4, "depth": 1}, "labeled": part}
+    Path("config.json").write_text(json.dumps({**config, "directory": "run"}))
+
+    def tokenized(*given: Any, **named: Any) -> Any:  # the tokenizer is on the hub
+        return seem.SEEMAnnotator(*given, **{**named, "tokenizer": letters, "short": 32})
+
+    monkeypatch.setattr("cpseg.annotators.folder.SEEMAnnotator", tokenized)
+
+    def examples(command: str) -> list[list[str]]:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        told = capsys.readouterr().out.replace("\\\n", " ")
+        return [shlex.split(words) for words in re.findall(r"  python -m cpseg (.*)", told)]
+
+    (annotate,) = examples("annotate")
+    assert main(annotate) == 0
+    of_test = {"photos": "test-photos", "logits": "test-logits"}
+    assert main([of_test.get(word, word) for word in annotate]) == 0
+    by_cache, by_arrays = examples("calibrate")
+    assert main(by_arrays) == 0
+    assert main(by_cache) == 0
+    for command in ("filter", "report", "train"):
+        (words,) = examples(command)
+        assert main(words) == 0, words
+    assert Path("report.html").exists()
+    assert len(list(Path("pseudo-labels").glob("*.png"))) == 6
+    (demo,) = examples("demo")
+    small = ["--no-students", "--calibration-images", "12", "--new-images", "2"]
+    assert main([*demo, *small]) == 0
+    assert Path("figures/image.png").exists()
 
 
 def write_voc(root: Path) -> None:

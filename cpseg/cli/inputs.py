@@ -141,7 +141,7 @@ class Logits:
             raise InputError(
                 f"the calibration must come from the logits it is used with; it was made from "
                 f"{made_from or 'an unnamed source'}, these are from {self.source}"
-                f"{' (name them with --source)' if unnamed else ''}"
+                f"{' (is --values right? Name them with --source)' if unnamed else ''}"
             )
         return loaded
 
@@ -212,7 +212,8 @@ class Labels:
         if labels.shape != logits.shape[1:]:
             raise FileError(
                 f"{path} must be of the size of its logits, {_checks.describe(logits.shape[1:])}; "
-                f"got {_checks.describe(labels.shape)}. Resize the logits, not the labels"
+                f"got {_checks.describe(labels.shape)}. Logits are (C, *S), classes first; resize them, "
+                "not the labels"
             )
         wrong = (labels != self.ignore_index) & ((labels < 0) | (labels >= len(logits)))
         if bool(wrong.any()):
