@@ -4,7 +4,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -274,7 +274,8 @@ def test_annotate_and_train_give_one_json_document(
 ) -> None:
     image = torch.zeros(3, 4, 4, dtype=torch.uint8)
 
-    def annotates(_: object) -> int:
+    def annotates(_: object, progress: Callable[[Sequence[Path]], Iterable[Path]]) -> int:
+        assert list(progress([Path("a.png")])) == [Path("a.png")]
         made = CachedAnnotator(
             tmp_path, lambda images: torch.zeros(len(images), 2, 4, 4), source="s"
         )
@@ -285,7 +286,9 @@ def test_annotate_and_train_give_one_json_document(
     words = ["annotate", "x", "--classes", "y", "--model", "m", "--cache", str(tmp_path)]
     assert main([*words, "--json"]) == 1
     source = CachedAnnotator(tmp_path).source
-    assert json.loads(capsys.readouterr().out) == {
+    told = capsys.readouterr()
+    assert told.err.startswith("annotate: 1 images in ")
+    assert json.loads(told.out) == {
         "cache": str(tmp_path),
         "images": 1,
         "source": source,
