@@ -116,6 +116,23 @@ def test_the_page_is_one_file_that_loads_nothing_and_runs_nothing(text: str) -> 
     )
 
 
+def test_no_section_is_missing_and_each_says_something(text: str) -> None:
+    sections = re.findall(r"<section><h2>(.*?)</h2>\n(.*?)\n</section>", text, re.DOTALL)
+    assert [name for name, _ in sections] == [
+        "What is promised",
+        "What happened on these images",
+        "Classes",
+        "Classes to worry about",
+        "What to do",
+        "Figures",
+        "The worst images",
+        "How this was made",
+    ]
+    assert all(re.search(r"<(p|table|ul|figure|pre)", body) for _, body in sections)
+    drawn = {name: body.count("<img") for name, body in sections}
+    assert (drawn["Figures"], drawn["The worst images"]) == (5, 3)
+
+
 def test_words_of_users_are_escaped_everywhere(text: str) -> None:
     assert "<script" not in text
     assert "im<" not in text
