@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 
@@ -230,9 +231,9 @@ def test_the_demo_draws_how_the_last_student_learned(
     (figure,) = drawn
     losses, *_, miou = figure.axes
     assert [text.get_text() for text in losses.texts] == ["external", "self"]
-    steps, values = miou.lines[0].get_data()
-    assert list(steps) == list(range(6, 37, 6))
-    assert list(values)[-1] == found["students"]["filtered, then self-reliance"]
+    points: list[tuple[float, float]] = np.asarray(miou.lines[0].get_xydata()).tolist()
+    assert [step for step, _ in points] == list(range(6, 37, 6))
+    assert points[-1][1] == found["students"]["filtered, then self-reliance"]
 
 
 def test_progress_tells_the_time_left_on_a_terminal_and_one_line_elsewhere(

@@ -589,6 +589,6 @@ def test_a_certified_filter_is_applied_to_what_a_compact_cache_answers(compact: 
         logits = cache.read(listed[f"{NAMES[index]}.jpg"])
         control.update(logits[None], labels_of(index)[None])
     certified = Argmax(control.compute(0.5, 0.5))
-    logits = Logits({"a": compact / listed[f"{NAMES[0]}.jpg"]}, cache.source, "logits", None, cache)
-    assert logits.settled("a", certified) is None
-    assert logits.settled("a", Argmax(SplitCalibrator(source=cache.source).compute(0.5)))
+    held = Logits({"a": compact / listed[f"{NAMES[0]}.jpg"]}, cache.source, "logits", None, cache)
+    assert held.settled("a", certified) is None
+    assert held.settled("a", Argmax(SplitCalibrator(source=cache.source).compute(0.5)))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import ceil, inf, isnan, nan
-from typing import TYPE_CHECKING, Self, final
+from typing import TYPE_CHECKING, Any, Self, cast, final
 
 import torch
 from torch import Tensor
@@ -118,8 +118,8 @@ class Observations:
         self._raw.merge(other._raw)
         self._kept.merge(other._kept)
         self._confidence.merge(other._confidence)
-        if self._planner is not None and other._planner is not None:
-            self._planner.merge(other._planner)
+        if self._planner is not None:  # then the other's is of the same kind, or refused
+            self._planner.merge(cast("Any", other._planner))
         self._seen |= other._seen
         return self
 
