@@ -4,18 +4,25 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 
+from cpseg import plots
 from cpseg.annotators import CachedAnnotator
 from cpseg.cli import main
 from cpseg.cli.console import progress
 from cpseg.cli.workers import one_thread
 from cpseg.training import Comparison, FitResult
 from cpseg.training.comparison import StudentResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SMALL = ["demo", "--no-students", "--calibration-images", "30", "--new-images", "5"]
 
@@ -157,9 +164,10 @@ def test_the_demo_ends_with_four_students(
     asked: list[Comparison] = []
 
     def compare(
-        settings: Comparison, *, progress: Callable[[str, int], None]
+        settings: Comparison, *, progress: Callable[[str, int], None], directory: str
     ) -> Iterator[StudentResult]:
         asked.append(settings)
+        assert Path(directory).is_dir()
         for name, miou in (("labels only", 0.5), ("raw", 0.25), ("filtered", 0.625), ("both", 0.7)):
             for step in range(settings.steps):
                 progress(name, step + 1)
@@ -174,6 +182,7 @@ def test_the_demo_ends_with_four_students(
     assert "no order is promised" in " ".join(told.out.split())
     assert "train four students: 1200 steps in" in told.err
     assert [(settings.steps, settings.seed) for settings in asked] == [(300, 2)]
+    assert asked[0].evaluate_every is None
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["students"]["raw"] == 0.25
     assert main([*SMALL, "--json"]) == 0
@@ -198,6 +207,33 @@ def test_the_demo_gives_one_json_document_and_draws(
         "levels.png",
         "reliability.png",
     ]
+
+
+def test_the_demo_draws_how_the_last_student_learned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    drawn: list[Figure] = []
+    training = plots.training
+
+    def draws(log: Path) -> "Figure":
+        drawn.append(training(log))
+        return drawn[-1]
+
+    monkeypatch.setattr("cpseg.cli.demo._STEPS", 36)
+    few = partial(Comparison, labeled_images=20, unlabeled_images=4, test_images=2, size=(24, 24))
+    monkeypatch.setattr("cpseg.cli.demo.Comparison", few)
+    monkeypatch.setattr(plots, "training", draws)
+    words = [word for word in SMALL if word != "--no-students"]
+    assert main([*words, "--figures", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    (figure,) = drawn
+    losses, *_, miou = figure.axes
+    assert [text.get_text() for text in losses.texts] == ["external", "self"]
+    points: list[tuple[float, float]] = np.asarray(miou.lines[0].get_xydata()).tolist()
+    assert [step for step, _ in points] == list(range(6, 37, 6))
+    assert points[-1][1] == found["students"]["filtered, then self-reliance"]
 
 
 def test_progress_tells_the_time_left_on_a_terminal_and_one_line_elsewhere(
@@ -239,7 +275,8 @@ def test_annotate_and_train_give_one_json_document(
 ) -> None:
     image = torch.zeros(3, 4, 4, dtype=torch.uint8)
 
-    def annotates(_: object) -> int:
+    def annotates(_: object, progress: Callable[[Sequence[Path]], Iterable[Path]]) -> int:
+        assert list(progress([Path("a.png")])) == [Path("a.png")]
         made = CachedAnnotator(
             tmp_path, lambda images: torch.zeros(len(images), 2, 4, 4), source="s"
         )
@@ -250,7 +287,9 @@ def test_annotate_and_train_give_one_json_document(
     words = ["annotate", "x", "--classes", "y", "--model", "m", "--cache", str(tmp_path)]
     assert main([*words, "--json"]) == 1
     source = CachedAnnotator(tmp_path).source
-    assert json.loads(capsys.readouterr().out) == {
+    told = capsys.readouterr()
+    assert told.err.startswith("annotate: 1 images in ")
+    assert json.loads(told.out) == {
         "cache": str(tmp_path),
         "images": 1,
         "source": source,

@@ -3,6 +3,7 @@
 import html
 import io
 import json
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cpseg import Calibration, ClassConditionalCalibrator, Singleton, SplitCalibrator
+from cpseg import (
+    Argmax,
+    BackgroundPriority,
+    Calibration,
+    ClassConditionalCalibrator,
+    Singleton,
+    SplitCalibrator,
+)
 from cpseg.annotators import CachedAnnotator
 from cpseg.cli import main
 from cpseg.cli.inputs import Logits, unit_ids
-from cpseg.errors import FileError
+from cpseg.errors import FileError, InputError
+from cpseg.risk import KeptError, RiskCalibrator
 from cpseg.training import PseudoLabelStore
 
 IMAGES, CLASSES, SIZE = 11, 3, (5, 7)
@@ -112,7 +121,8 @@ def test_calibrate_writes_what_a_loop_over_the_images_gives(
 ) -> None:
     out, loop = tmp_path / "c.json", tmp_path / "loop.json"
     assert calibrate(folder, out, "--classes", f"{folder}/classes.txt") == 0
-    by_hand(ClassConditionalCalibrator(CLASSES), list(range(IMAGES))).save(loop)
+    source = "an unnamed source of logits"
+    by_hand(ClassConditionalCalibrator(CLASSES, source=source), list(range(IMAGES))).save(loop)
     assert out.read_bytes() == loop.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json", "loop.json"]
     lines = capsys.readouterr().out.splitlines()
@@ -158,7 +168,8 @@ def test_probabilities_and_a_cache_agree_with_logits(
     torch.testing.assert_close(theirs.thresholds, ours.thresholds, atol=2e-3, rtol=0)
     torch.testing.assert_close(cached.thresholds, ours.thresholds, atol=5e-3, rtol=0)
     assert cached.source == CachedAnnotator(cache).source
-    assert (ours.source, theirs.source) == (None, None)
+    assert ours.source == "an unnamed source of logits"
+    assert theirs.source == "an unnamed source of probabilities"
 
 
 def test_a_cache_is_read_without_its_images(cache: Path) -> None:
@@ -261,6 +272,16 @@ SPOILED: list[tuple[Callable[[Path], object], str]] = [
         "logits/im03.npy must hold floats of shape (C, *S); got int64 (3, 5, 7)",
     ),
     (
+        lambda root: save(root / "logits/im03.npy", np.zeros((5, 7, 3), "f4")),
+        "size of its logits, (7, 3); got (5, 7). Logits are (C, *S), classes first",
+    ),
+    (
+        lambda root: (root / "logits/im03.npy").write_bytes(
+            (root / "logits/im03.npy").read_bytes()[:200]
+        ),
+        "logits/im03.npy must be a sound .npy file; Failed to read all data",
+    ),
+    (
         lambda root: save(root / "logits/im03.npy", np.full((3, 5, 7), np.nan, "f4")),
         "logits/im03.npy must have a finite logit at every labelled pixel and no NaN",
     ),
@@ -345,11 +366,11 @@ def test_what_arrays_hold_is_declared_and_never_guessed(
 def test_an_npz_file_with_several_arrays_needs_a_key(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", p=np.zeros((2, 3), "f4"), q=np.ones((2, 3), ">f8"))
     files = {"a": tmp_path / "a.npz"}
-    assert Logits(files, None, "logits", "q", None).read("a").tolist() == [[1.0] * 3] * 2
+    assert Logits(files, "", "logits", "q", None).read("a").tolist() == [[1.0] * 3] * 2
     with pytest.raises(FileError, match="--key must name one; it holds p, q"):
-        Logits(files, None, "logits", None, None).read("a")
+        Logits(files, "", "logits", None, None).read("a")
     with pytest.raises(FileError, match="must hold the array r"):
-        Logits(files, None, "logits", "r", None).read("a")
+        Logits(files, "", "logits", "r", None).read("a")
 
 
 @pytest.fixture(scope="module")
@@ -420,7 +441,28 @@ def test_filter_refuses_a_folder_that_holds_something_and_other_sources(
     assert main(["filter", str(calibration), *words]) == 2
     assert "must come from the logits it is used with" in told()
     assert filtered(folder, tmp_path / "none.json", tmp_path / "kept") == 2
-    assert "none.json" in told()
+    assert told() == (
+        f"cpseg: {tmp_path}/none.json must be a calibration that cpseg calibrate wrote; "
+        "No such file or directory"
+    )
+
+
+def test_logits_and_probabilities_are_not_taken_for_one_another(
+    folder: Path, calibration: Path, tmp_path: Path, told: Callable[[], str]
+) -> None:
+    words = ["--logits", f"{folder}/probabilities", "--values", "probabilities"]
+    out = ["-o", f"{tmp_path}/kept"]
+    assert main(["filter", str(calibration), *words, *out]) == 2
+    assert "made from an unnamed source of logits, these are from an unnamed source of prob" in (
+        told()
+    )
+    assert list(tmp_path.iterdir()) == []
+    assert filtered(folder, calibration, tmp_path / "kept", "--source", "seem") == 2
+    assert "these are from seem" in told()
+    made_in_python = tmp_path / "c.json"
+    by_hand(ClassConditionalCalibrator(CLASSES), list(range(IMAGES))).save(made_in_python)
+    assert filtered(folder, made_in_python, tmp_path / "kept") == 0
+    assert filtered(folder, made_in_python, tmp_path / "more", "--source", "seem") == 2
 
 
 @pytest.fixture
@@ -467,3 +509,86 @@ def test_report_writes_one_file_and_json(
     assert found["worst_images"][0] in text
     assert html.escape(shlex.join(["python", "-m", "cpseg", *words, "--json"])) in text
     assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
+
+
+def reported(folder: Path, calibration: Path, out: Path, *words: str) -> str:
+    """The page, without the command that made it."""
+    inputs = ["--logits", f"{folder}/logits", "--values", "logits", "--labels", f"{folder}/masks"]
+    assert main(["report", str(calibration), *inputs, "-o", str(out), *words]) == 0
+    return re.sub(r"<pre>.*?</pre>", "", out.read_text("utf-8"))
+
+
+@pytest.mark.dist
+def test_processes_give_the_identical_report(
+    folder: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    alone = reported(folder, calibration, tmp_path / "alone.html")
+    told = capsys.readouterr().out.partition(f"{tmp_path}")[0]
+    assert reported(folder, calibration, tmp_path / "shared.html", "--jobs", "2") == alone
+    assert capsys.readouterr().out.partition(f"{tmp_path}")[0] == told
+
+
+@pytest.fixture(scope="module")
+def compact(folder: Path) -> Path:
+    """A cache that stores the best class only."""
+    by_image = {image_of(index).numpy().tobytes(): index for index in range(IMAGES)}
+
+    def annotator(images: Tensor) -> Tensor:
+        return torch.stack([logits_of(by_image[image.numpy().tobytes()]) for image in images])
+
+    root = folder / "compact"
+    made = CachedAnnotator(root, annotator, source="test", best=1)
+    listed = {f"{NAMES[index]}.jpg": made.ensure(image_of(index)) for index in range(IMAGES)}
+    (root / "images.json").write_text(json.dumps(listed))
+    return root
+
+
+@pytest.mark.parametrize("rule", ["background", "singleton"])
+def test_a_compact_cache_abstains_where_it_does_not_hold_enough_and_counts_it(
+    folder: Path, compact: Path, tmp_path: Path, rule: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    inputs = ["--logits", str(compact)]
+    labels = ["--labels", f"{folder}/masks"]
+    out, kept = tmp_path / "c.json", tmp_path / "kept"
+    assert main(["calibrate", *inputs, *labels, "--alpha", "0.3", "-o", str(out)]) == 0
+    capsys.readouterr()
+    choice = ["--rule", rule]
+    assert main(["filter", str(out), *inputs, *choice, "-o", str(kept), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    keep = (BackgroundPriority if rule == "background" else Singleton)(Calibration.load(out))
+    again = CachedAnnotator(compact).filter_again(
+        torch.stack([image_of(index) for index in range(IMAGES)]), keep
+    )
+    assert 0 < found["unsettled"] == again.unsettled
+    assert sum(found["reasons"].values()) + again.unsettled == found["pixels"] == IMAGES * 35
+    assert found["reasons"]["kept"] == sum(found["pixels_kept"]) == int((again.labels != 255).sum())
+    store = PseudoLabelStore(kept)
+    for index, name in enumerate(NAMES):
+        assert torch.equal(store.load(name), again.labels[index])
+
+    # What the table says, and what the report measures, is what was written.
+    assert main(["filter", str(out), *inputs, *choice, "-o", f"{tmp_path}/more"]) == 0
+    share = f"{again.unsettled / (IMAGES * 35):.1%}"
+    assert f"{share}  a class that the compact cache does not store" in capsys.readouterr().out
+    page = f"{tmp_path}/r.html"
+    assert main(["report", str(out), *inputs, *labels, *choice, "-o", page, "--json"]) == 0
+    known = torch.stack([labels_of(index) for index in range(IMAGES)]) != 255
+    wanted = ((again.labels != 255) & known).sum().item() / known.sum().item()
+    assert json.loads(capsys.readouterr().out)["kept"] == pytest.approx(wanted)
+    with pytest.raises(InputError, match="must be a filter"):
+        CachedAnnotator(compact).filter_file("x", None)  # type: ignore[arg-type]
+
+
+def test_a_certified_filter_is_applied_to_what_a_compact_cache_answers(compact: Path) -> None:
+    cache = CachedAnnotator(compact)
+    listed = json.loads((compact / "images.json").read_text())
+    control = RiskCalibrator(KeptError(Argmax, CLASSES), source=cache.source)
+    for index in range(IMAGES):
+        logits = cache.read(listed[f"{NAMES[index]}.jpg"])
+        control.update(logits[None], labels_of(index)[None])
+    certified = Argmax(control.compute(0.5, 0.5))
+    held = Logits({"a": compact / listed[f"{NAMES[0]}.jpg"]}, cache.source, "logits", None, cache)
+    assert held.settled("a", certified) is None
+    assert held.settled("a", Argmax(SplitCalibrator(source=cache.source).compute(0.5)))

@@ -41,7 +41,7 @@ def batches(*space: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def test_the_view_for_torchmetrics_shows_our_numbers(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("torchmetrics")
+    torchmetrics = pytest.importorskip("torchmetrics")
     seen = batches(4, 5)
     calibrator = ClassConditionalCalibrator(C)
     for logits, labels in seen:
@@ -71,6 +71,27 @@ def test_the_view_for_torchmetrics_shows_our_numbers(capsys: pytest.CaptureFixtu
     again.reset()
     again.update(predictor(logits), labels)
     assert float(again.compute()) == one
+
+    # A collection updates each of its metrics, and a copy of it counts for itself.
+    collection = torchmetrics.MetricCollection(
+        {
+            "images": names["View"](Coverage(C), view.number),
+            "worst": names["View"](Coverage(C), lambda report: torch.tensor(report.worst_image)),
+        }
+    )
+    copied = collection.clone()
+    for logits, labels in seen:
+        collection.update(predictor(logits), labels)
+        collection["images"].to(torch.device("cpu"))
+    report = Coverage(C)
+    for logits, labels in seen:
+        report.update(predictor(logits), labels)
+    wanted_now = report.compute()
+    found = collection.compute()
+    assert float(found["images"]) == wanted_now.mean_of_images
+    assert float(found["worst"]) == pytest.approx(wanted_now.worst_image)
+    copied.update(predictor(logits), labels)
+    assert float(copied.compute()["images"]) != float(found["images"])
 
 
 def test_the_callback_for_lightning_calibrates(

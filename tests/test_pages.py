@@ -5,6 +5,7 @@ Sphinx runs the ``{doctest}`` blocks (``make docs``).
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,56 @@ def test_shipping_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 
 
+def words(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """What links may point at: headings, as GitHub and MyST name them."""
+    titles = re.findall(r"^#+ (.+)$", words(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_to_files(page: str) -> None:
-    text = re.sub(
-        r"^```.*?^```", "", (ROOT / page).read_text("utf-8"), flags=re.DOTALL | re.MULTILINE
-    )
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
-        path = link.partition("#")[0]
-        if path and "://" not in path:
-            assert ((ROOT / page).parent / path).exists(), link
+def test_links_lead_to_files_and_headings(page: str) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", words(ROOT / page)):
+        path, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+# What runs each page's blocks of code, by their language; Sphinx runs {doctest}.
+RUN_BY = {
+    "README.md": {"python": "readme", "text": "readme", "sh": "pages"},
+    "docs/how-to/annotators.md": {"python": "guides", "console": "guides"},
+    "docs/how-to/other-frameworks.md": {"python": "other_frameworks"},
+    "docs/how-to/several-processes.md": {"python": "pages"},
+    "docs/how-to/shipping.md": {"python": "pages"},
+    "docs/how-to/training.md": {"python": "guides", "json": "guides"},
+    "docs/how-to/training-plugin.md": {"python": "guides", "diff": "guides"},
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_of_code_is_run(page: str) -> None:
+    languages = re.findall(r"^```(\S+)$", (ROOT / page).read_text("utf-8"), re.MULTILINE)
+    known = {"{doctest}", "{toctree}", "{eval-rst}"}
+    runs = RUN_BY.get(page, {})
+    assert set(languages) - known == set(runs)
+    for test in runs.values():
+        assert Path(page).name in (ROOT / f"tests/test_{test}.py").read_text("utf-8")
+
+
+def test_the_other_commands_of_the_readme_are_targets_and_extras() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    targets = re.findall(r"^make (\w+)", text, re.MULTILINE)
+    assert targets == ["demo", "test"]
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    assert all(f"\n{target}:" in makefile for target in targets)
+    (asked,) = re.findall(r"pip install '\.\[(.+)\]'", text)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert set(asked.split(",")) <= set(extras["optional-dependencies"])

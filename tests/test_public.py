@@ -1,7 +1,9 @@
 """The names and signatures that other people's scripts are written against."""
 
+import ast
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,3 +103,35 @@ def test_every_public_class_and_function_takes_no_free_arguments() -> None:
     for name in cpseg.__all__:
         kinds = {p.kind for p in inspect.signature(getattr(cpseg, name)).parameters.values()}
         assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
+
+
+def undocumented(node: ast.AST, name: str) -> Iterator[str]:
+    """A module, and all below it that has a public name, without a docstring."""
+    if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        return
+    if not ast.get_docstring(node):
+        yield name
+    if isinstance(node, ast.Module | ast.ClassDef):
+        for inner in node.body:
+            inner_name = getattr(inner, "name", "_")
+            if not inner_name.startswith("_"):
+                yield from undocumented(inner, f"{name}.{inner_name}")
+
+
+PACKAGE = Path(cpseg.__file__).parent
+MODULES = [
+    path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.stem in ("__init__", "__main__") or not path.stem.startswith("_")
+]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_public_name_has_a_docstring(path: Path) -> None:
+    assert list(undocumented(ast.parse(path.read_text("utf-8")), path.stem)) == []
+
+
+def test_the_check_of_docstrings_can_fail() -> None:
+    code = '"""A."""\nclass B:\n    """B."""\n    def c(self): ...\n    def _d(self): ...\ndef e(): ...'
+    assert list(undocumented(ast.parse(code), "a")) == ["a.B.c", "a.e"]
+    assert list(undocumented(ast.parse("1"), "a")) == ["a"]

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from cpseg import (
@@ -20,7 +22,7 @@ from cpseg import (
 )
 from cpseg.errors import InputError
 from cpseg.metrics import Coverage, SelectiveAccuracy
-from cpseg.report import Entry, Findings, levels_table, measure, page
+from cpseg.report import Entry, Findings, Observations, levels_table, measure, page
 from cpseg.risk import KeptError, RiskCalibrator
 
 pytest.importorskip("matplotlib")
@@ -112,6 +114,23 @@ def test_the_page_is_one_file_that_loads_nothing_and_runs_nothing(text: str) -> 
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in (
         found.elements
     )
+
+
+def test_no_section_is_missing_and_each_says_something(text: str) -> None:
+    sections = re.findall(r"<section><h2>(.*?)</h2>\n(.*?)\n</section>", text, re.DOTALL)
+    assert [name for name, _ in sections] == [
+        "What is promised",
+        "What happened on these images",
+        "Classes",
+        "Classes to worry about",
+        "What to do",
+        "Figures",
+        "The worst images",
+        "How this was made",
+    ]
+    assert all(re.search(r"<(p|table|ul|figure|pre)", body) for _, body in sections)
+    drawn = {name: body.count("<img") for name, body in sections}
+    assert (drawn["Figures"], drawn["The worst images"]) == (5, 3)
 
 
 def test_words_of_users_are_escaped_everywhere(text: str) -> None:
@@ -288,3 +307,54 @@ def test_what_cannot_be_reported_is_refused(calibration: Calibration) -> None:
     grouped = GroupCalibrator(2).compute(0.1)
     with pytest.raises(InputError, match="must have no groups"):
         measure(grouped, entries(1, seed=0), Singleton(grouped), class_names=NAMES)
+
+
+@settings(max_examples=15, deadline=None)
+@given(share=st.lists(st.integers(0, 2), min_size=9, max_size=9), first=st.permutations(range(3)))
+def test_any_cut_and_order_of_merges_gives_the_same_findings(
+    share: list[int], first: list[int]
+) -> None:
+    split = seen(SplitCalibrator(), entries(24, seed=0)).compute(0.1)
+    images = entries(9, seed=1)
+    whole = measure(split, images, Singleton(split), class_names=NAMES, worst=0)
+    parts = [Observations(split, Singleton(split), NAMES) for _ in range(3)]
+    for index, part in reversed(list(enumerate(share))):
+        parts[part].update(index, images[index])
+    one, two, three = (parts[place] for place in first)
+    found = one.merge(two).merge(three).compute(images, worst=0)
+    assert found.images == whole.images
+    for name in ("coverage", "sizes", "raw", "kept"):
+        assert str(getattr(found, name)) == str(getattr(whole, name))
+    assert found.coverage is not None
+    assert found.confidence.pixels.tolist() == whole.confidence.pixels.tolist()
+    assert found.confidence.right.tolist() == whole.confidence.right.tolist()
+    assert found.worries == whole.worries
+    assert found.levels is not None
+    assert whole.levels is not None
+    assert torch.equal(found.levels[1], whole.levels[1])
+    assert found.levels[2] == whole.levels[2]
+
+
+def test_an_image_is_seen_once_and_all_are_seen(calibration: Calibration) -> None:
+    images = entries(3, seed=1)
+    one = Observations(calibration, Singleton(calibration), NAMES).update(0, images[0])
+    with pytest.raises(InputError, match="index must be new for each image; got 0 twice"):
+        one.update(0, images[1])
+    other = Observations(calibration, Singleton(calibration), NAMES).update(0, images[1])
+    with pytest.raises(InputError, match="got 0 twice"):
+        one.merge(other)
+    with pytest.raises(InputError, match="worst must be an integer >= 0; got -1"):
+        one.compute(images[:1], worst=-1)
+    with pytest.raises(InputError, match="entries must be the images that were seen, 1; got 3"):
+        one.compute(images)
+
+
+def test_pseudo_labels_of_an_entry_are_what_was_kept(calibration: Calibration) -> None:
+    images = entries(4, seed=1)
+    nothing = [
+        Entry(e.name, e.logits, e.labels, e.image, torch.full_like(e.labels, 255)) for e in images
+    ]
+    found = measure(calibration, nothing, Singleton(calibration), class_names=NAMES, worst=1)
+    assert float(found.kept.kept.mean_of_pixels.value) == 0
+    ((_, figure),) = found.shown
+    assert "pseudo-labels, 0% kept" in [axes.get_title() for axes in figure.axes]

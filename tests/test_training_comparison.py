@@ -1,6 +1,9 @@
 """The four students of the comparison: the same but for the labels of the unlabeled images."""
 
+import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +26,18 @@ def test_four_students_report_their_progress_and_their_labels() -> None:
     assert results[1].right != results[2].right == results[3].right
     assert 0 < results[2].kept == results[3].kept
     assert list(compare_on_shapes(TINY))[1:] == results[1:]  # chance is settled by the seed
+
+
+def test_runs_are_kept_where_asked_and_looking_on_the_way_changes_nothing(tmp_path: Path) -> None:
+    plain = list(compare_on_shapes(TINY))
+    watched = list(compare_on_shapes(replace(TINY, evaluate_every=1), directory=tmp_path))
+    assert watched[1:] == plain[1:]
+    assert watched[0].miou == plain[0].miou
+    for name, result in zip(NAMES, watched, strict=True):
+        lines = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
+        found = [line["miou"] for line in lines if "miou" in line]
+        assert len(found) == 3
+        assert found[-1] == result.miou
 
 
 def test_too_few_images_for_the_level_leave_nothing_to_learn_from() -> None:

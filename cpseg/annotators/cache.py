@@ -12,7 +12,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -48,13 +48,19 @@ class _HasSource(Protocol):
 class FilteredAgain:
     """Pseudo-labels from a compact cache.
 
-    Args:
+    Attributes:
         labels: Shape ``(B, H, W)``, or ``(B * L, H, W)`` where an image has L channels.
-        unsettled: Pixels that abstain because a class that is not stored could have decided them.
+        open: Pixels that abstain because a class that is not stored could have decided them. Bool,
+            the shape of labels.
     """
 
     labels: Tensor
-    unsettled: int
+    open: Tensor
+
+    @property
+    def unsettled(self) -> int:
+        """How many pixels are open."""
+        return int(self.open.sum())
 
 
 @final
@@ -132,6 +138,11 @@ class CachedAnnotator:
             self._clear_leftovers()
 
     @property
+    def best(self) -> int | None:
+        """How many best classes the compact form stores. None in the form that stores all."""
+        return cast("int | None", self._note["best"])
+
+    @property
     def source(self) -> str:
         """What to give a calibrator as ``source=``, the annotator and the rounding."""
         return f"{self._note['source']}; {_form(self._note)}"
@@ -193,28 +204,33 @@ class CachedAnnotator:
                 ``ignore_index`` of its calibration, 255 if it has none.
 
         Returns:
-            Labels and the number of pixels that abstain for this reason.
+            Labels, and which pixels abstain for this reason.
 
         Raises:
             InputError: The filter's calibration says it comes from other logits, or from none.
         """
         check_images(images)
-        if not callable(mask_filter):
-            raise InputError(f"mask_filter must be a filter; got {_checks.kind_of(mask_filter)}")
-        calibration = getattr(mask_filter, "calibration", None)
-        if calibration is not None:
-            self.check(calibration)
-        labels: list[Tensor] = []
-        unsettled = 0
-        for stored in (row for rows in self._stored(images) for row in rows):
-            logits = _spread(stored)
-            answer = mask_filter(logits[None])[0]
-            if stored.classes is not None:
-                open_ = _unsettled(stored, logits, answer, mask_filter, self._note)
-                answer = answer.masked_fill(open_, _abstains(mask_filter))
-                unsettled += int(open_.sum())
-            labels.append(answer)
-        return FilteredAgain(torch.stack(labels), unsettled)
+        self._check_filter(mask_filter)
+        return self._again((row for rows in self._stored(images) for row in rows), mask_filter)
+
+    def filter_file(
+        self, path: str | Path, mask_filter: Callable[[Tensor], Tensor]
+    ) -> FilteredAgain:
+        """:meth:`filter_again` of a file of this cache, for those who have no image at hand.
+
+        Args:
+            path: The file, as :meth:`read` takes it.
+            mask_filter: As :meth:`filter_again` takes it.
+
+        Returns:
+            Labels of a batch of one.
+
+        Raises:
+            FileError: As :meth:`read` says.
+            InputError: The filter's calibration says it comes from other logits, or from none.
+        """
+        self._check_filter(mask_filter)
+        return self._again([self._one_channel(path)], mask_filter)
 
     def ensure(self, image: Tensor) -> str:
         """Make an image's file if it is not there and whole.
@@ -243,6 +259,33 @@ class CachedAnnotator:
             FileError: The file is missing, damaged or foreign, or holds several channels, each
                 with classes of its own.
         """
+        return _spread(self._one_channel(path))
+
+    def _check_filter(self, mask_filter: Callable[[Tensor], Tensor]) -> None:
+        if not callable(mask_filter):
+            raise InputError(f"mask_filter must be a filter; got {_checks.kind_of(mask_filter)}")
+        calibration = getattr(mask_filter, "calibration", None)
+        if calibration is not None:
+            self.check(calibration)
+
+    def _again(
+        self, rows: "Iterable[_Stored]", mask_filter: Callable[[Tensor], Tensor]
+    ) -> FilteredAgain:
+        labels: list[Tensor] = []
+        undecided: list[Tensor] = []
+        for stored in rows:
+            logits = _spread(stored)
+            answer = mask_filter(logits[None])[0]
+            if stored.classes is None:
+                open_ = torch.zeros(answer.shape, dtype=torch.bool)
+            else:
+                open_ = _unsettled(stored, logits, answer, mask_filter, self._note)
+            labels.append(answer.masked_fill(open_, _abstains(mask_filter)))
+            undecided.append(open_)
+        return FilteredAgain(torch.stack(labels), torch.stack(undecided))
+
+    def _one_channel(self, path: str | Path) -> "_Stored":
+        """A file's content, if that is the logits of one image."""
         place = self.folder / path if not Path(path).is_relative_to(self.folder) else Path(path)
         if not place.exists():
             raise FileError(f"{place} must be a file of cached logits; there is none")
@@ -252,7 +295,7 @@ class CachedAnnotator:
                 f"{place} must hold one channel to be read alone; it holds {len(channels)}. "
                 "Ask the CachedAnnotator with the image"
             )
-        return _spread(channels[0])
+        return channels[0]
 
     def _stored(self, images: Tensor) -> "list[list[_Stored]]":
         """What is stored of each image: one entry, or one per channel."""

@@ -8,7 +8,7 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -176,8 +176,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Do what the command line says; 0 if every image was read, 130 if stopped."""
+def run(
+    args: argparse.Namespace, progress: Callable[[Sequence[Path]], Iterable[Path]] = iter
+) -> int:
+    """Do what the command line says.
+
+    Args:
+        args: The words, parsed.
+        progress: Wraps the list of images, for a progress bar.
+
+    Returns:
+        0 if every image was read, 1 if not, 130 if stopped.
+    """
     classes = read_class_names(args.classes)
     background = None
     if args.background is not None:
@@ -194,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
         background=background if args.best is not None else None,
     )
     try:
-        report = annotate_folder(args.images, cache, progress=_bar)
+        report = annotate_folder(args.images, cache, progress=progress)
     except KeyboardInterrupt:
         sys.stderr.write("\nStopped. What is done is whole; the same command goes on from here.\n")
         return 130
@@ -229,16 +239,3 @@ def _pillow() -> Any:
         return importlib.import_module("PIL.Image")
     except ImportError as error:
         raise MissingExtraError("reading images needs Pillow: pip install 'cpseg[data]'") from error
-
-
-def _bar(paths: Sequence[Path]) -> Iterator[Path]:
-    """A progress bar on the error stream: tqdm's, or a count where tqdm is missing."""
-    try:
-        tqdm: Any = importlib.import_module("tqdm")
-    except ImportError:
-        for done, path in enumerate(paths, start=1):
-            yield path
-            sys.stderr.write(f"\r{done} of {len(paths)}")
-        sys.stderr.write("\n")
-        return
-    yield from tqdm.tqdm(paths, unit="image")

@@ -4,7 +4,7 @@ import argparse
 import json
 
 from cpseg.annotators import CachedAnnotator, folder
-from cpseg.cli.console import print_json
+from cpseg.cli.console import print_json, progress
 
 __all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "run"]
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Do what the command line says; 1 if an image could not be read, 130 if stopped."""
-    status = folder.run(given)
+    status = folder.run(given, lambda paths: progress(paths, "annotate"))
     if given.json:
         index = given.cache / "images.json"
         images = len(json.loads(index.read_text("utf-8"))) if index.exists() else 0

@@ -176,7 +176,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _calibrator(
-    given: argparse.Namespace, classes: int, shape: Sequence[int], images: int, source: str | None
+    given: argparse.Namespace, classes: int, shape: Sequence[int], images: int, source: str
 ) -> _AnyCalibrator:
     score = _SCORES[given.score]
     ignore: int = given.ignore_index

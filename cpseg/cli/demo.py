@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import final
 
 import torch
@@ -68,7 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-students", action="store_true", help="leave out the training at the end"
     )
     parser.add_argument(
-        "--figures", type=Path, metavar="DIR", help="also draw what was found, as PNG files"
+        "--figures",
+        type=Path,
+        metavar="DIR",
+        help="also draw what was found, and how the last student learned, as PNG files",
     )
 
 
@@ -115,9 +119,7 @@ def run(given: argparse.Namespace) -> int:
             _tell(found)
         if given.figures is not None:
             _draw(found, given.figures)
-            if not given.json:
-                print(f"\nFigures: {given.figures}")
-        students = [] if given.no_students else _train(given.seed)
+        students = [] if given.no_students else _train(given.seed, given.figures)
         if given.json:
             print_json({**_as_json(found), "students": {s.name: s.miou for s in students}})
         elif students:
@@ -130,17 +132,27 @@ def run(given: argparse.Namespace) -> int:
                     "another seed may rank the students differently, and no order is promised."
                 )
             )
+        if given.figures is not None and not given.json:
+            print(f"\nFigures: {given.figures}")
     return 0
 
 
-def _train(seed: int) -> list[StudentResult]:
-    meter = Meter(4 * _STEPS, "train four students", "steps")
-    students = list(
-        compare_on_shapes(
-            Comparison(steps=_STEPS, seed=seed), progress=lambda _name, _step: meter.step()
-        )
+def _train(seed: int, figures: Path | None) -> list[StudentResult]:
+    """The students; the last one's run, which has two stages, is drawn."""
+    settings = Comparison(
+        steps=_STEPS, evaluate_every=None if figures is None else _STEPS // 6, seed=seed
     )
-    meter.close()
+    meter = Meter(4 * _STEPS, "train four students", "steps")
+    with TemporaryDirectory() as directory:
+        students = list(
+            compare_on_shapes(
+                settings, progress=lambda _name, _step: meter.step(), directory=directory
+            )
+        )
+        meter.close()
+        if figures is not None:
+            log = Path(directory, students[-1].name, "log.jsonl")
+            plots.save(plots.training(log), figures / "training.png")
     return students
 
 

@@ -116,11 +116,26 @@ class _Counts:
         likely: With each class the most likely one. int64 ``(C,)``.
         kept: Kept as each class. int64 ``(C,)``.
         reasons: By :class:`Reason`. int64.
+        unsettled: Whose label a class that a compact cache does not store could change.
     """
 
     likely: Tensor
     kept: Tensor
     reasons: Tensor
+    unsettled: int
+
+    @property
+    def pixels(self) -> int:
+        """All of them."""
+        return int(self.reasons.sum()) + self.unsettled
+
+    def __add__(self, other: "_Counts") -> "_Counts":
+        return _Counts(
+            self.likely + other.likely,
+            self.kept + other.kept,
+            self.reasons + other.reasons,
+            self.unsettled + other.unsettled,
+        )
 
 
 @final
@@ -134,8 +149,8 @@ class _Filter:
     num_classes: int
 
     def __call__(self, names: Iterable[str]) -> _Counts:
-        likely, kept = torch.zeros(2, self.num_classes, dtype=torch.int64)
-        reasons = torch.zeros(len(Reason), dtype=torch.int64)
+        classes = self.num_classes
+        total = _nothing(classes)
         for name in names:
             try:
                 logits = self.logits.read(name)
@@ -146,23 +161,34 @@ class _Filter:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", AreaWarning)  # counted as a reason
                     decision = self.keep.decide(logits[None])
-                self.store.write(name, decision.labels[0])
+                    again = self.logits.settled(name, self.keep)
+                labels, reasons, unsettled = decision.labels, decision.reasons, 0
+                if again is not None:
+                    labels, reasons, unsettled = again.labels, reasons[~again.open], again.unsettled
+                self.store.write(name, labels[0])
             except FileError:
                 raise
             except CpsegError as error:
                 raise InputError(f"{name}: {error}") from error
-            likely += torch.bincount(logits.argmax(0).flatten(), minlength=self.num_classes)
-            labels = decision.labels[decision.labels != 255].long()
-            kept += torch.bincount(labels, minlength=self.num_classes)
-            reasons += torch.bincount(decision.reasons.flatten().long(), minlength=len(Reason))
-        return _Counts(likely, kept, reasons)
+            ignore = self.keep.calibration.ignore_index
+            total += _Counts(
+                torch.bincount(logits.argmax(0).flatten(), minlength=classes),
+                torch.bincount(labels[labels != ignore].long(), minlength=classes),
+                torch.bincount(reasons.flatten().long(), minlength=len(Reason)),
+                unsettled,
+            )
+        return total
+
+
+def _nothing(classes: int) -> _Counts:
+    likely, kept = torch.zeros(2, classes, dtype=torch.int64)
+    return _Counts(likely, kept, torch.zeros(len(Reason), dtype=torch.int64), 0)
 
 
 def run(given: argparse.Namespace) -> int:
     """Filter; 0 when done."""
-    calibration = Calibration.load(given.calibration)
     logits = Logits.open(given)
-    logits.check_source(calibration.source)
+    calibration = logits.calibration(given.calibration)
     names = selected(logits.files, given.names, "logits")
     keep = rule(given, calibration)
     classes = len(logits.read(names[0]))
@@ -177,7 +203,7 @@ def run(given: argparse.Namespace) -> int:
             beside,
             calibration,
             classes=titles,
-            model=logits.source or "not told (--source)",
+            model=logits.source,
             split=given.names.name if given.names is not None else given.logits.name,
         )
         work = _Filter(logits, keep, store, classes)
@@ -187,11 +213,7 @@ def run(given: argparse.Namespace) -> int:
         beside.replace(output)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    total = _Counts(
-        sum((part.likely for part in parts), torch.zeros(classes, dtype=torch.int64)),
-        sum((part.kept for part in parts), torch.zeros(classes, dtype=torch.int64)),
-        sum((part.reasons for part in parts), torch.zeros(len(Reason), dtype=torch.int64)),
-    )
+    total = sum(parts, _nothing(classes))
     if given.json:
         print_json(_as_json(total, titles, len(names), given.output))
     else:
@@ -201,7 +223,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _told(counts: _Counts, titles: Sequence[str]) -> str:
-    pixels = max(int(counts.reasons.sum()), 1)
+    pixels = max(counts.pixels, 1)
     rows = [
         (name, percent(int(likely) / pixels), percent(int(kept) / pixels))
         for name, likely, kept in zip(titles, counts.likely, counts.kept, strict=True)
@@ -217,6 +239,11 @@ def _told(counts: _Counts, titles: Sequence[str]) -> str:
         for reason, text in _REASONS.items()
         if int(counts.reasons[reason])
     ]
+    if counts.unsettled:
+        abstained.append(
+            f"  {percent(counts.unsettled / pixels):>6}  a class that the compact cache does not "
+            "store could decide"
+        )
     if abstained:
         lines += ["\nabstained, as", *abstained]
     lines.append(
@@ -233,9 +260,10 @@ def _as_json(counts: _Counts, titles: Sequence[str], images: int, path: Path) ->
     return {
         "folder": str(path),
         "images": images,
-        "pixels": int(counts.reasons.sum()),
+        "pixels": counts.pixels,
         "classes": list(titles),
         "pixels_likeliest": counts.likely.tolist(),
         "pixels_kept": counts.kept.tolist(),
         "reasons": {reason.name.lower(): int(counts.reasons[reason]) for reason in Reason},
+        "unsettled": counts.unsettled,
     }

@@ -19,9 +19,12 @@ from torch import Tensor
 
 from cpseg import _checks
 from cpseg.annotators import CachedAnnotator
+from cpseg.annotators.cache import FilteredAgain
 from cpseg.annotators.folder import read_class_names
+from cpseg.calibration import Calibration
 from cpseg.data.folder import read_image, read_mask
 from cpseg.errors import CpsegError, FileError, InputError
+from cpseg.report import AnyFilter
 from cpseg.scores import logits_from_probabilities
 
 __all__ = [
@@ -37,6 +40,7 @@ __all__ = [
 ]
 
 _SHOWN = 100
+_UNNAMED = "an unnamed source of"
 _PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
@@ -79,14 +83,14 @@ class Logits:
 
     Attributes:
         files: The file of each name.
-        source: What made them, where that is known.
+        source: What made them; for unnamed arrays what they hold.
         values: What arrays hold.
         key: Which array of an ``.npz`` file.
         cache: The cache, if it is one.
     """
 
     files: Mapping[str, Path]
-    source: str | None
+    source: str
     values: Literal["logits", "probabilities"]
     key: str | None
     cache: CachedAnnotator | None
@@ -114,16 +118,32 @@ class Logits:
             raise InputError(
                 f"--values must say what the files in {root} hold: logits or probabilities"
             )
-        return cls(files, given.source, given.values, given.key, None)
+        # Unnamed as they are, logits are no probabilities: one taken for the other is garbage.
+        source = given.source or f"{_UNNAMED} {given.values}"
+        return cls(files, source, given.values, given.key, None)
 
-    def check_source(self, source: str | None) -> None:
-        """Refuse a calibration that was made from other logits."""
-        if source != self.source:
+    def calibration(self, path: Path) -> Calibration:
+        """What ``cpseg calibrate`` wrote, for these logits.
+
+        Raises:
+            FileError: If it is no calibration.
+            InputError: If it was made from other logits.
+        """
+        try:
+            loaded = Calibration.load(path)
+        except OSError as error:
+            raise FileError(
+                f"{path} must be a calibration that cpseg calibrate wrote; {error.strerror}"
+            ) from error
+        made_from = loaded.source  # none if it was made in Python without one
+        unnamed = self.source.startswith(_UNNAMED)
+        if made_from != self.source and not (made_from is None and unnamed):
             raise InputError(
                 f"the calibration must come from the logits it is used with; it was made from "
-                f"{source or 'an unnamed source'}, these are from "
-                f"{self.source or 'an unnamed source (name it with --source)'}"
+                f"{made_from or 'an unnamed source'}, these are from {self.source}"
+                f"{' (is --values right? Name them with --source)' if unnamed else ''}"
             )
+        return loaded
 
     def read(self, name: str) -> Tensor:
         """Logits of an image, ``(C, *S)``.
@@ -148,9 +168,18 @@ class Logits:
         except InputError as error:
             raise FileError(f"{path}: {error}") from error
 
-    def num_classes(self) -> int:
-        """C of the first file."""
-        return len(self.read(next(iter(self.files))))
+    def settled(self, name: str, keep: AnyFilter) -> FilteredAgain | None:
+        """Labels of a compact cache, which abstain where a class that is not stored could decide.
+
+        None where the filter's own answer to the logits stands: all classes are there, or the
+        error of exactly that answer was controlled.
+        """
+        control = keep.calibration.control
+        if self.cache is None or self.cache.best is None:
+            return None
+        if control is not None and control.rule is not None:
+            return None
+        return self.cache.filter_file(self.files[name], keep)
 
 
 @final
@@ -183,7 +212,8 @@ class Labels:
         if labels.shape != logits.shape[1:]:
             raise FileError(
                 f"{path} must be of the size of its logits, {_checks.describe(logits.shape[1:])}; "
-                f"got {_checks.describe(labels.shape)}. Resize the logits, not the labels"
+                f"got {_checks.describe(labels.shape)}. Logits are (C, *S), classes first; resize them, "
+                "not the labels"
             )
         wrong = (labels != self.ignore_index) & ((labels < 0) | (labels >= len(logits)))
         if bool(wrong.any()):

@@ -3,15 +3,14 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 from cpseg import report
 from cpseg.annotators.cache import write_whole
-from cpseg.calibration import Calibration
-from cpseg.cli.console import check_output, percent, print_json, progress
+from cpseg.cli.console import check_output, percent, print_json
 from cpseg.cli.filter import add_rule_arguments, rule
 from cpseg.cli.inputs import (
     Images,
@@ -22,10 +21,10 @@ from cpseg.cli.inputs import (
     class_names,
     matched,
 )
-from cpseg.cli.workers import one_thread
+from cpseg.cli.workers import one_thread, over
 from cpseg.errors import CpsegError, FileError, InputError
 from cpseg.plots import check_matplotlib
-from cpseg.report import Entry, Findings
+from cpseg.report import AnyFilter, Entry, Findings, Observations
 
 __all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "run"]
 
@@ -64,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--worst", type=int, default=3, metavar="N", help="images to draw (default: %(default)s)"
     )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="processes (default: %(default)s)"
+    )
 
 
 @final
@@ -75,6 +77,7 @@ class _Folder:
     logits: Logits
     labels: Labels
     images: Images | None
+    keep: AnyFilter
 
     def __len__(self) -> int:
         return len(self.names)
@@ -89,14 +92,33 @@ class _Folder:
                 f"the picture of {name} must be of the size of its logits, "
                 f"{tuple(logits.shape[1:])}; got {tuple(image.shape[1:])}"
             )
-        return Entry(name, logits, labels, image)
+        again = self.logits.settled(name, self.keep)
+        return Entry(name, logits, labels, image, None if again is None else again.labels[0])
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Observe:
+    """The work of one process."""
+
+    folder: _Folder
+    observations: Observations
+
+    def __call__(self, indices: Iterable[int]) -> Observations:
+        for index in indices:
+            try:
+                self.observations.update(index, self.folder[index])
+            except FileError:
+                raise
+            except CpsegError as error:
+                raise InputError(f"{self.folder.names[index]}: {error}") from error
+        return self.observations
 
 
 def run(given: argparse.Namespace) -> int:
     """Write the report; 0 when done."""
-    calibration = Calibration.load(given.calibration)
     logits = Logits.open(given)
-    logits.check_source(calibration.source)
+    calibration = logits.calibration(given.calibration)
     labels = Labels.open(given.labels, calibration.ignore_index)
     names = matched(logits, labels, given.names)
     images = None if given.images is None else Images.open(given.images)
@@ -109,20 +131,13 @@ def run(given: argparse.Namespace) -> int:
     check_output(given.output)
     check_matplotlib()
     keep = rule(given, calibration)
+    folder = _Folder(names, logits, labels, images, keep)
+    work = _Observe(folder, Observations(calibration, keep, titles))
+    first, *others = over(range(len(names)), work, jobs=given.jobs, task="report")
+    for other in others:
+        first.merge(other)
     with one_thread():
-        try:
-            findings = report.measure(
-                calibration,
-                _Folder(names, logits, labels, images),
-                keep,
-                class_names=titles,
-                worst=given.worst,
-                walk=lambda numbers: progress(numbers, "report"),
-            )
-        except FileError:
-            raise
-        except CpsegError as error:
-            raise InputError(str(error)) from error
+        findings = first.compute(folder, worst=given.worst)
         text = report.page(
             findings,
             title=given.calibration.name,

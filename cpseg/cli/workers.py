@@ -1,7 +1,7 @@
-"""One job over many names, in this process or in several.
+"""One job over many items, in this process or in several.
 
-Work is a picklable function of an iterator over names; walking the iterator moves the progress
-bar. Every process takes every ``jobs``-th name and computes on one thread, so that the parts can
+Work is a picklable function of an iterator over items, such as names; walking the iterator moves
+the progress bar. Every process takes every ``jobs``-th item and computes on one thread, so that the parts can
 be merged to what a single process gets, to the bit.
 """
 
@@ -23,17 +23,18 @@ from cpseg.errors import CpsegError, StateError
 
 __all__ = ["one_thread", "over"]
 
+_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
 def over(
-    names: Sequence[str], work: Callable[[Iterable[str]], _Result], *, jobs: int, task: str
+    items: Sequence[_Item], work: Callable[[Iterable[_Item]], _Result], *, jobs: int, task: str
 ) -> list[_Result]:
-    """Do the work over all names.
+    """Do the work over all items.
 
     Args:
-        names: What there is to do.
-        work: Does it for some names; must be picklable, and so must what it returns.
+        items: What there is to do.
+        work: Does it for some of them; must be picklable, and so must what it returns.
         jobs: How many processes share it.
         task: What the progress bar says.
 
@@ -44,11 +45,11 @@ def over(
         StateError: If a process died.
     """
     _checks.check_integer("--jobs", jobs, 1)
-    jobs = min(jobs, len(names))
+    jobs = min(jobs, len(items))
     if jobs <= 1:
         with one_thread():
-            return [work(progress(names, task))]
-    return _shared(names, work, jobs, Meter(len(names), task))
+            return [work(progress(items, task))]
+    return _shared(items, work, jobs, Meter(len(items), task))
 
 
 @contextmanager
@@ -63,12 +64,15 @@ def one_thread() -> Generator[None]:
 
 
 def _shared(
-    names: Sequence[str], work: Callable[[Iterable[str]], _Result], jobs: int, meter: Meter
+    items: Sequence[_Item], work: Callable[[Iterable[_Item]], _Result], jobs: int, meter: Meter
 ) -> list[_Result]:
     context = get_context("spawn")  # a fork of a process with threads can hang
+    # As bytes: tensors among the arguments of a process are shared between all of them, and counts
+    # that grow in place would be everyone's.
+    own = pickle.dumps(work)
     pipes = [context.Pipe(duplex=False) for _ in range(jobs)]
     processes = [
-        context.Process(target=_serve, args=(sender, work, names[start::jobs]), daemon=True)
+        context.Process(target=_serve, args=(sender, own, items[start::jobs]), daemon=True)
         for start, (_, sender) in enumerate(pipes)
     ]
     results: dict[int, _Result] = {}
@@ -108,14 +112,13 @@ def _receive(receiver: Connection) -> tuple[str, object]:
         ) from error
 
 
-def _serve(
-    sender: Connection, work: Callable[[Iterable[str]], object], names: Sequence[str]
-) -> None:
+def _serve(sender: Connection, pickled: bytes, items: Sequence[_Item]) -> None:
     """What a process does: its share, then its answer."""
+    work = cast("Callable[[Iterable[_Item]], object]", pickle.loads(pickled))  # noqa: S301 - ours
 
-    def walk() -> Iterator[str]:
-        for name in names:
-            yield name
+    def walk() -> Iterator[_Item]:
+        for item in items:
+            yield item
             sender.send_bytes(pickle.dumps(("step", None)))
 
     torch.set_num_threads(1)

@@ -1,6 +1,8 @@
 """What filtering is worth to a student: the same network on raw, filtered and no external labels."""
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -90,6 +92,7 @@ class Comparison:
         size: Height and width of all images; students are trained on crops of two thirds.
         alpha: Level of the calibration; its thresholds are one for all classes.
         steps: Of every student; of the last, a third are self-reliance.
+        evaluate_every: Steps between looks at the test images on the way; None: at the end alone.
         seed: Of images, annotator, network and training.
         annotator: Whose labels; None: :func:`biased_annotator` of ``seed``.
     """
@@ -100,6 +103,7 @@ class Comparison:
     size: tuple[int, int] = (48, 48)
     alpha: float = 0.05
     steps: int = 1000
+    evaluate_every: int | None = None
     seed: int = 0
     annotator: SyntheticAnnotator | None = None
 
@@ -131,6 +135,7 @@ def compare_on_shapes(
     settings: Comparison = Comparison(),
     *,
     progress: Callable[[str, int], None] | None = None,
+    directory: str | os.PathLike[str] | None = None,
 ) -> Iterator[StudentResult]:
     """Train four equal students on :class:`~cpseg.data.SyntheticShapes`, one after the other.
 
@@ -142,6 +147,8 @@ def compare_on_shapes(
     Args:
         settings: Sizes, level and seed.
         progress: Is told the student's name and how many of its steps are done; None: nobody is.
+        directory: Keeps each run's log and checkpoints, in a folder of the student's name; None:
+            they are dropped.
 
     Yields:
         ``"labels only"``, ``"raw"``, ``"filtered"``, ``"filtered, then self-reliance"``; each
@@ -189,17 +196,20 @@ def compare_on_shapes(
             unlabeled_batch=4,
             scale=(0.8, 1.25),
             ema_decay=_DECAY,
+            evaluate_every=settings.evaluate_every,
             seed=settings.seed,
             bar=progress is None,
         )
-        with TemporaryDirectory() as directory:
+        with TemporaryDirectory() if directory is None else nullcontext(directory) as root:
+            place = Path(root, name)
+            place.mkdir(parents=True)
             trainer = Trainer(
                 UNet(classes, width=16, depth=1),
                 trained,
                 labeled=labeled,
                 unlabeled=Relabeled(unlabeled, external),
                 validation=test,
-                directory=Path(directory),
+                directory=place,
                 device=torch.device("cpu"),
             )
             for step in trainer.steps():
