@@ -26,6 +26,9 @@ def commit() -> str:
     return (head or "unknown") + ("+" if changed else "")
 
 
+COMMIT = commit()  # when the run begins: it may take hours
+
+
 def told(value: object) -> str:
     """A number with three digits after the point, without the leading zero of a share."""
     if not isinstance(value, float):
@@ -45,7 +48,6 @@ def markdown(rows: Sequence[Row], columns: Sequence[str]) -> str:
 def write(path: Path, rows: Sequence[Row]) -> None:
     """All columns of all rows, numbers with five digits, the commit in the last column."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    made_by = commit()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -53,4 +55,4 @@ def write(path: Path, rows: Sequence[Row]) -> None:
         for row in rows:
             values = [row.get(name, "") for name in names]
             cells = [f"{v:.5g}" if isinstance(v, float) else v for v in values]
-            writer.writerow([*cells, made_by])
+            writer.writerow([*cells, COMMIT])
