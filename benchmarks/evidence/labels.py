@@ -1,0 +1,375 @@
+"""Are the labels better? What filters keep of an annotator's labels, and how much of it is right.
+
+    python benchmarks/evidence/labels.py --data FOLDER --figure docs/_static/evidence_labels.png
+    python benchmarks/evidence/labels.py --quick
+
+FOLDER is as frames.py says. Each filter is calibrated on the labeled frames of a split and judged
+on all others of the train part; what is fitted before calibration takes half of the labeled
+frames. Prints Markdown tables and writes ``results/labels_PART.csv``: ``curves``, every rule over a
+range of levels on the three splits; ``draws``, each rule at one level on labeled frames drawn at
+random; ``classes``, the same rules class by class on the split of 46.
+
+Purity of a class: of the labels kept as the class, how many are right. Recall: of the pixels of the
+class, how many keep the right label. Their means over classes count each class alike.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from frames import Frames, labeled, load
+from miniature import miniature
+from tables import RESULTS, Row, markdown, write
+from torch import Tensor
+
+from cpseg import (
+    APS,
+    Argmax,
+    AtMost,
+    BackgroundPriority,
+    ClassConditionalCalibrator,
+    GroupCalibrator,
+    LocationCalibrator,
+    Singleton,
+    SplitCalibrator,
+)
+from cpseg.filters import Top
+from cpseg.risk import KeptError, RiskCalibrator, Start
+from cpseg.tuning import annuli, cluster_locations
+
+LEVELS = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+CONFIDENCES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995)
+ERRORS = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+DELTA = 0.1
+
+Labels = Callable[[Tensor], Tensor]  # logits (B, C, H, W) to labels (B, H, W), 255 to abstain
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A way from labeled frames and a level to a filter."""
+
+    name: str
+    levels: Sequence[float]
+    usual: float  # the level of tables
+    fit: Callable[[Frames, float], Labels]
+
+
+def confident(seen: Frames, level: float) -> Labels:
+    """The most likely class where its probability reaches the level; needs no labels."""
+    del seen
+
+    def of(logits: Tensor) -> Tensor:
+        top = logits.softmax(1).max(1)
+        return torch.where(top.values >= level, top.indices, 255)
+
+    return of
+
+
+def halves(seen: Frames) -> tuple[Frames, Frames]:
+    """Every second frame, and the others."""
+    every = list(range(len(seen)))
+    return seen[every[::2]], seen[every[1::2]]
+
+
+def bands(seen: Frames, count: int = 3) -> Tensor:
+    """Which third of the height. ``(H, W)``."""
+    height, width = seen.labels.shape[1:]
+    return (torch.arange(height) * count // height)[:, None].expand(height, width).contiguous()
+
+
+def of_group(group: str, mask_filter: Any, seen: Frames, alpha: float) -> Labels:
+    """A filter on sets of this calibrator, with the image as the unit."""
+    classes, shape = len(seen.classes), tuple(seen.labels.shape[1:])
+    match group:
+        case "pooled":
+            made: Any = SplitCalibrator()
+        case "class":
+            made = ClassConditionalCalibrator(classes)
+        case "class, APS":
+            made = ClassConditionalCalibrator(classes, APS())
+        case "location":
+            made = LocationCalibrator(shape, max_alpha=max(LEVELS))
+        case "rings":
+            made = LocationCalibrator(shape, annuli(shape, 4))
+        case "clusters":
+            tuning, seen = halves(seen)
+            one = LocationCalibrator(shape).update(tuning.logits, tuning.labels)
+            made = LocationCalibrator(shape, cluster_locations(one, 4))
+        case _:
+            grouped = GroupCalibrator(3).update(seen.logits, seen.labels, bands(seen))
+            return partial(mask_filter(grouped.compute(alpha)), groups=bands(seen))
+    made.update(seen.logits, seen.labels)
+    # A class that too few frames show has no threshold of its own, and would never be kept.
+    return mask_filter(made.compute(alpha, "pooled" if group.startswith("class") else None))
+
+
+def controlled(seen: Frames, epsilon: float, *, tuned: bool, per_class: bool) -> Labels:
+    """The filter whose error among kept labels is controlled with probability 1 - DELTA."""
+    rule = Top if per_class else Argmax
+    risk = KeptError(rule, len(seen.classes), per_class=per_class)
+    start = None
+    if tuned:
+        before, seen = halves(seen)
+        start = Start.fit(RiskCalibrator(risk).update(before.logits, before.labels), epsilon)
+    control = RiskCalibrator(risk, start=start).update(seen.logits, seen.labels)
+    return rule(control.compute(epsilon, DELTA))
+
+
+def rules(classes: Sequence[str]) -> list[Rule]:
+    """All of them. Any class may be named the background."""
+    made = [Rule("confidence", CONFIDENCES, 0.95, confident)]
+    usual = {"Argmax": Argmax, "Singleton": Singleton, "AtMost 2": partial(AtMost, k=2)}
+    usual |= {
+        f"{name} as background": partial(BackgroundPriority, background=classes.index(name))
+        for name in ("Road", "Building")
+    }
+    for name, mask_filter in usual.items():
+        for group in ("pooled", "class"):
+            fit = partial(of_group, group, mask_filter)
+            made.append(Rule(f"{group}: {name}", LEVELS, 0.1, fit))
+    extra = [("class", "Top", Top), ("class, APS", "Singleton", Singleton)]
+    extra += [(group, "Argmax", Argmax) for group in ("location", "rings", "clusters", "bands")]
+    for group, name, kind in extra:
+        made.append(Rule(f"{group}: {name}", LEVELS, 0.1, partial(of_group, group, kind)))
+    for name, tuned, per_class, level in (
+        ("controlled error", False, False, 0.1),
+        ("controlled error, tuned start", True, False, 0.1),
+        ("controlled error per class", False, True, 0.3),
+    ):
+        fit = partial(controlled, tuned=tuned, per_class=per_class)
+        made.append(Rule(name, ERRORS, level, lambda seen, level, fit=fit: fit(seen, level)))
+    return made
+
+
+# --- what was kept --------------------------------------------------------------------------------
+
+
+def confusion(labels: Tensor, truth: Tensor, classes: int) -> np.ndarray:
+    """Labeled pixels by true class and label, the last column abstained. ``(C, C + 1)``."""
+    known = truth < classes
+    said = labels[known].long().clamp(max=classes)
+    counts = torch.bincount(truth[known] * (classes + 1) + said, minlength=classes * (classes + 1))
+    return counts.view(classes, classes + 1).numpy()
+
+
+def summary(counts: np.ndarray) -> dict[str, float]:
+    """Shares of all pixels, and means over classes."""
+    right, kept = np.diag(counts), counts[:, :-1].sum()
+    purity, recall = by_class(counts)
+    union = counts.sum(1) + counts[:, :-1].sum(0) - right
+    return {
+        "kept": float(kept / counts.sum()),
+        "accuracy": float(right.sum() / kept) if kept else np.nan,
+        "mean purity": float(np.nanmean(purity)) if kept else np.nan,
+        "mean recall": float(recall.mean()),
+        "mean IoU": float((right / union).mean()),
+        "classes kept": int((counts[:, :-1].sum(0) > 0).sum()),
+    }
+
+
+def by_class(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Purity, NaN where nothing is kept as the class, and recall. Each ``(C,)``."""
+    right = np.diag(counts)
+    with np.errstate(invalid="ignore"):
+        return right / counts[:, :-1].sum(0), right / counts.sum(1)
+
+
+def judged(rule: Rule, level: float, frames: Frames, seen: list[int]) -> np.ndarray:
+    """The confusion of a rule fitted on some frames, on all others."""
+    rest = frames[sorted(set(range(len(frames))) - set(seen))]
+    made = rule.fit(frames[seen], level)(rest.logits)
+    return confusion(made, rest.labels, len(frames.classes))
+
+
+def curves(frames: Frames, budgets: dict[int, list[int]]) -> list[Row]:
+    """Every rule over its levels."""
+    rows: list[Row] = []
+    for n, seen in budgets.items():
+        for rule in rules(frames.classes):
+            for level in rule.levels:
+                found = summary(judged(rule, level, frames, seen))
+                rows.append({"n": n, "rule": rule.name, "level": level, **found})
+            print("done:", n, rule.name, file=sys.stderr, flush=True)
+        rest = frames[sorted(set(range(len(frames))) - set(seen))]
+        top = rest.logits.argmax(1)
+        perfect = confusion(
+            torch.where(top == rest.labels, top, 255), rest.labels, len(frames.classes)
+        )
+        rows.append({"n": n, "rule": "no wrong label", "level": np.nan, **summary(perfect)})
+    return rows
+
+
+def draws(frames: Frames, n: int, count: int, seed: int) -> list[Row]:
+    """Each rule at its usual level on frames drawn at random: mean and standard deviation."""
+    generator = torch.Generator().manual_seed(seed)
+    sets = [torch.randperm(len(frames), generator=generator)[:n].tolist() for _ in range(count)]
+    rows: list[Row] = []
+    for rule in rules(frames.classes):
+        found = [summary(judged(rule, rule.usual, frames, seen)) for seen in sets]
+        row: dict[str, object] = {"rule": rule.name, "level": rule.usual, "n": n, "draws": count}
+        for name in ("kept", "accuracy", "mean purity", "mean recall"):
+            values = np.array([each[name] for each in found])
+            held = values[~np.isnan(values)]
+            row[name] = float(held.mean()) if len(held) else np.nan
+            row[f"sd of {name}"] = float(held.std(ddof=1)) if len(held) > 1 else np.nan
+        row["draws that keep none"] = sum(each["kept"] == 0 for each in found)
+        rows.append(row)
+        print("done: draws,", rule.name, file=sys.stderr, flush=True)
+    return rows
+
+
+def classes(frames: Frames, seen: list[int], shown: Sequence[tuple[str, float]]) -> list[Row]:
+    """Purity and recall of each class, one line per rule and level."""
+    known = {rule.name: rule for rule in rules(frames.classes)}
+    rows: list[Row] = []
+    for name, level in shown:
+        counts = judged(known[name], level, frames, seen)
+        row: dict[str, object] = {"rule": name, "level": level, "kept": summary(counts)["kept"]}
+        for label, purity, recall in zip(frames.classes, *by_class(counts), strict=True):
+            row[label] = f"{100 * purity:.0f} / {100 * recall:.0f}" if purity == purity else "none"  # noqa: PLR0124
+        rows.append(row)
+    return rows
+
+
+SHOWN = (
+    ("confidence", 0.0),
+    ("confidence", 0.9),
+    ("confidence", 0.95),
+    ("pooled: Argmax", 0.1),
+    ("pooled: Singleton", 0.1),
+    ("class: Argmax", 0.1),
+    ("class: Singleton", 0.1),
+    ("class: Singleton", 0.2),
+    ("class: AtMost 2", 0.1),
+    ("class: Top", 0.2),
+    ("class: Building as background", 0.1),
+    ("location: Argmax", 0.1),
+    ("controlled error, tuned start", 0.1),
+    ("controlled error per class", 0.3),
+)
+
+
+# --- the figure -----------------------------------------------------------------------------------
+
+# name, color (of cpseg.plots.PALETTE), marker, line
+DRAWN = (
+    ("confidence", 5, "", "-"),
+    ("class: Argmax", 6, "o", "-"),
+    ("class: Singleton", 3, "s", "-"),
+    ("class: AtMost 2", 7, "D", "-"),
+    ("class: Top", 1, "^", "-"),
+    ("pooled: Singleton", 2, "v", "--"),
+    ("class: Building as background", 9, "P", ":"),
+    ("location: Argmax", 8, "X", ":"),
+    ("controlled error, tuned start", 0, "*", "-"),
+    ("controlled error per class", 10, "h", "-"),
+)
+
+
+def figure(rows: list[Row], n: int, path: Path) -> None:
+    """Kept against right, over all pixels and over classes."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+
+    from cpseg.plots import PALETTE  # noqa: PLC0415
+
+    drawing = Figure(figsize=(10.5, 6.2), layout="constrained")
+    planes = (
+        (
+            "kept",
+            "accuracy",
+            "share of labelled pixels kept",
+            "share of kept labels that are right",
+        ),
+        ("mean recall", "mean purity", "recall, mean over classes", "purity, mean over classes"),
+    )
+    panels = drawing.subplots(1, 2)
+    for axes, (across, up, below, beside) in zip(panels, planes, strict=True):
+        for name, color, marker, line in DRAWN:
+            held = [row for row in rows if row["n"] == n and row["rule"] == name]
+            held = [row for row in held if row["kept"] > 0]  # type: ignore[operator]
+            axes.plot(
+                [row[across] for row in held],
+                [row[up] for row in held],
+                marker=marker or None,
+                ls=line,
+                color=PALETTE[color],
+                ms=6,
+                mec="#222222",
+                mew=0.5,
+                lw=2.6 if name == "confidence" else 1.4,
+                label=name,
+                zorder=3 if name == "confidence" else 4,
+            )
+            for row in held if name == "confidence" else ():
+                if row["level"] in (0.9, 0.95):
+                    spot = (row[across], row[up])
+                    axes.plot(
+                        *spot, "o", color="white", mec=PALETTE[color], mew=1.8, ms=8, zorder=5
+                    )
+                    axes.annotate(
+                        f"{row['level']}", spot, xytext=(-6, -14), textcoords="offset points"
+                    )
+        perfect = next(row for row in rows if row["n"] == n and row["rule"] == "no wrong label")
+        axes.plot(
+            perfect[across],
+            perfect[up],
+            "k+",
+            ms=11,
+            mew=2,
+            ls="",
+            label="every wrong label dropped",
+        )
+        axes.set_xlabel(below)
+        axes.set_ylabel(beside)
+        axes.grid(color="#e5e5e5", lw=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, names = panels[0].get_legend_handles_labels()
+    drawing.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(path, dpi=130)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the tables, write them, and draw the figure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--quick", action="store_true", help="frames made on the fly, few draws")
+    parser.add_argument("--draws", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="a folder")
+    parser.add_argument("--figure", type=Path)
+    chosen = parser.parse_args(arguments)
+    if chosen.data is None and not chosen.quick:
+        print("nothing to do without --data FOLDER or --quick")
+        return
+    torch.set_num_threads(1)
+    if chosen.quick:
+        frames, middle, count = miniature(120), 60, 2
+        budgets = {60: list(range(0, 120, 2))}
+    else:
+        frames, middle, count = load(chosen.data, "train"), 46, chosen.draws
+        budgets = {n: labeled(chosen.data, n, frames) for n in (23, 46, 92)}
+    print(f"{len(frames)} frames, {count} draws, seed {chosen.seed}")
+    every = curves(frames, budgets)
+    if chosen.figure:
+        figure(every, middle, chosen.figure)
+    parts = {
+        "curves": ("Every rule over its levels", every),
+        "draws": ("Labeled frames drawn at random", draws(frames, middle, count, chosen.seed)),
+        "classes": ("Purity / recall in percent", classes(frames, budgets[middle], SHOWN)),
+    }
+    for name, (title, rows) in parts.items():
+        if chosen.output or not chosen.quick:
+            write((chosen.output or RESULTS) / f"labels_{name}.csv", rows)
+        print(f"\n{title}\n\n{markdown(rows, list(rows[0]))}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
