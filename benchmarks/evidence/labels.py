@@ -5,8 +5,8 @@
 
 FOLDER is as frames.py says. Each filter is calibrated on the labeled frames of a split and judged
 on all others of the train part; what is fitted before calibration takes half of the labeled
-frames. Prints Markdown tables and writes ``results/labels_PART.csv``: ``curves``, every rule over a
-range of levels on the three splits; ``draws``, each rule at one level on labeled frames drawn at
+frames. Prints Markdown tables and writes ``results/labels_PART.csv``: ``curves``, every rule on the
+three splits, over a range of levels on that of 46; ``draws``, each rule at one level on labeled frames drawn at
 random; ``classes``, the same rules class by class on the split of 46.
 
 Purity of a class: of the labels kept as the class, how many are right. Recall: of the pixels of the
@@ -181,59 +181,69 @@ def by_class(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return right / counts[:, :-1].sum(0), right / counts.sum(1)
 
 
-def judged(rule: Rule, level: float, frames: Frames, seen: list[int]) -> np.ndarray:
-    """The confusion of a rule fitted on some frames, on all others."""
-    rest = frames[sorted(set(range(len(frames))) - set(seen))]
-    made = rule.fit(frames[seen], level)(rest.logits)
-    return confusion(made, rest.labels, len(frames.classes))
+def parted(frames: Frames, seen: list[int]) -> tuple[Frames, Frames]:
+    """The labeled frames, and all others."""
+    return frames[seen], frames[sorted(set(range(len(frames))) - set(seen))]
 
 
-def curves(frames: Frames, budgets: dict[int, list[int]]) -> list[Row]:
-    """Every rule over its levels."""
+def judged(rule: Rule, level: float, seen: Frames, rest: Frames) -> np.ndarray:
+    """The confusion of a rule fitted on some frames, on others."""
+    return confusion(rule.fit(seen, level)(rest.logits), rest.labels, len(rest.classes))
+
+
+def curves(frames: Frames, budgets: dict[int, list[int]], middle: int) -> list[Row]:
+    """Every rule, over its levels with one budget and at its usual one with others."""
     rows: list[Row] = []
-    for n, seen in budgets.items():
+    for n, labeled_ones in budgets.items():
+        seen, rest = parted(frames, labeled_ones)
         for rule in rules(frames.classes):
-            for level in rule.levels:
-                found = summary(judged(rule, level, frames, seen))
+            for level in rule.levels if n == middle else (rule.usual,):
+                found = summary(judged(rule, level, seen, rest))
                 rows.append({"n": n, "rule": rule.name, "level": level, **found})
             print("done:", n, rule.name, file=sys.stderr, flush=True)
-        rest = frames[sorted(set(range(len(frames))) - set(seen))]
         top = rest.logits.argmax(1)
-        perfect = confusion(
-            torch.where(top == rest.labels, top, 255), rest.labels, len(frames.classes)
-        )
-        rows.append({"n": n, "rule": "no wrong label", "level": np.nan, **summary(perfect)})
+        right = torch.where(top == rest.labels, top, 255)
+        found = summary(confusion(right, rest.labels, len(frames.classes)))
+        rows.append({"n": n, "rule": "no wrong label", "level": np.nan, **found})
     return rows
 
 
 def draws(frames: Frames, n: int, count: int, seed: int) -> list[Row]:
     """Each rule at its usual level on frames drawn at random: mean and standard deviation."""
     generator = torch.Generator().manual_seed(seed)
-    sets = [torch.randperm(len(frames), generator=generator)[:n].tolist() for _ in range(count)]
+    found: dict[str, list[dict[str, float]]] = {}
+    for number in range(count):
+        chosen = torch.randperm(len(frames), generator=generator)[:n].tolist()
+        seen, rest = parted(frames, chosen)
+        for rule in rules(frames.classes):
+            counts = judged(rule, rule.usual, seen, rest)
+            found.setdefault(rule.name, []).append(summary(counts))
+        print("done: draw", number, file=sys.stderr, flush=True)
     rows: list[Row] = []
     for rule in rules(frames.classes):
-        found = [summary(judged(rule, rule.usual, frames, seen)) for seen in sets]
         row: dict[str, object] = {"rule": rule.name, "level": rule.usual, "n": n, "draws": count}
         for name in ("kept", "accuracy", "mean purity", "mean recall"):
-            values = np.array([each[name] for each in found])
+            values = np.array([each[name] for each in found[rule.name]])
             held = values[~np.isnan(values)]
             row[name] = float(held.mean()) if len(held) else np.nan
             row[f"sd of {name}"] = float(held.std(ddof=1)) if len(held) > 1 else np.nan
-        row["draws that keep none"] = sum(each["kept"] == 0 for each in found)
+        row["draws that keep none"] = sum(each["kept"] == 0 for each in found[rule.name])
         rows.append(row)
-        print("done: draws,", rule.name, file=sys.stderr, flush=True)
     return rows
 
 
-def classes(frames: Frames, seen: list[int], shown: Sequence[tuple[str, float]]) -> list[Row]:
+def of_classes(
+    frames: Frames, labeled_ones: list[int], shown: Sequence[tuple[str, float]]
+) -> list[Row]:
     """Purity and recall of each class, one line per rule and level."""
     known = {rule.name: rule for rule in rules(frames.classes)}
+    seen, rest = parted(frames, labeled_ones)
     rows: list[Row] = []
     for name, level in shown:
-        counts = judged(known[name], level, frames, seen)
+        counts = judged(known[name], level, seen, rest)
         row: dict[str, object] = {"rule": name, "level": level, "kept": summary(counts)["kept"]}
         for label, purity, recall in zip(frames.classes, *by_class(counts), strict=True):
-            row[label] = f"{100 * purity:.0f} / {100 * recall:.0f}" if purity == purity else "none"  # noqa: PLR0124
+            row[label] = f"{100 * purity:.0f} / {100 * recall:.0f}" if recall > 0 else "none"
         rows.append(row)
     return rows
 
@@ -341,7 +351,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--quick", action="store_true", help="frames made on the fly, few draws")
-    parser.add_argument("--draws", type=int, default=20)
+    parser.add_argument("--draws", type=int, help="10, or 2 if quick")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="a folder")
     parser.add_argument("--figure", type=Path)
@@ -350,20 +360,21 @@ def main(arguments: list[str] | None = None) -> None:
         print("nothing to do without --data FOLDER or --quick")
         return
     torch.set_num_threads(1)
+    count = chosen.draws or (2 if chosen.quick else 10)
     if chosen.quick:
-        frames, middle, count = miniature(120), 60, 2
+        frames, middle = miniature(120), 60
         budgets = {60: list(range(0, 120, 2))}
     else:
-        frames, middle, count = load(chosen.data, "train"), 46, chosen.draws
+        frames, middle = load(chosen.data, "train"), 46
         budgets = {n: labeled(chosen.data, n, frames) for n in (23, 46, 92)}
     print(f"{len(frames)} frames, {count} draws, seed {chosen.seed}")
-    every = curves(frames, budgets)
+    every = curves(frames, budgets, middle)
     if chosen.figure:
         figure(every, middle, chosen.figure)
     parts = {
         "curves": ("Every rule over its levels", every),
         "draws": ("Labeled frames drawn at random", draws(frames, middle, count, chosen.seed)),
-        "classes": ("Purity / recall in percent", classes(frames, budgets[middle], SHOWN)),
+        "classes": ("Purity / recall in percent", of_classes(frames, budgets[middle], SHOWN)),
     }
     for name, (title, rows) in parts.items():
         if chosen.output or not chosen.quick:

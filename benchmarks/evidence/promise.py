@@ -24,10 +24,11 @@ import torch
 from frames import Frames, load
 from judge import ALPHAS, SCORES, Bench, Coverage, Way
 from miniature import miniature
+from scipy.stats import t
 from tables import RESULTS, Row, markdown, write
 from torch import Tensor
 
-SURE = 3.7  # standard errors: one chance in ten thousand, for each number that is judged
+UNLIKELY = 1e-4  # what chance may explain, for each number that is judged
 
 
 LAC_WAYS = (
@@ -101,7 +102,8 @@ class Tally:
         error = spread / np.maximum((~np.isnan(classes)).sum(0), 1) ** 0.5
         worst = int(np.nanargmin(by_class))
         own = float(means.std(ddof=min(splits - 1, 1)))
-        short = means.mean() + SURE * own / splits**0.5 < aim
+        errors = float(t.isf(UNLIKELY, splits - 1))  # NaN for one split, which is never judged
+        short = means.mean() + errors * own / splits**0.5 < aim
         return {
             "alpha": alpha,
             "splits": splits,
@@ -111,7 +113,7 @@ class Tally:
             "short": "yes" if short else "",
             "worst class": float(by_class[worst]),
             "which": names[worst],
-            "classes short": int((by_class + SURE * error < aim).sum()),
+            "classes short": int((by_class + errors * error < aim).sum()),
             "set size": float(np.mean(self.sizes)),
             "finite": float(np.mean(self.finite)),
             **{f"mean of images, {name}": float(by_class[i]) for i, name in enumerate(names)},
@@ -335,7 +337,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a few splits of frames made on the fly"
     )
-    parser.add_argument("--splits", type=int, default=200)
+    parser.add_argument("--splits", type=int, help="200, or 8 if quick")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=["random", "peers", "videos"])
     parser.add_argument("--output", type=Path, help="a folder")
@@ -344,7 +346,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("nothing to do without --data FOLDER or --quick")
         return
     torch.set_num_threads(1)
-    count, seed = (8, chosen.seed) if chosen.quick else (chosen.splits, chosen.seed)
+    count, seed = chosen.splits or (8 if chosen.quick else 200), chosen.seed
     budgets = (12, 20, 24) if chosen.quick else (23, 46, 92)
     bench = Bench(miniature() if chosen.quick else load(chosen.data, "train"))
     output = chosen.output or RESULTS

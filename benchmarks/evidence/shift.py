@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a few splits of frames made on the fly"
     )
-    parser.add_argument("--splits", type=int, default=200)
+    parser.add_argument("--splits", type=int, help="200, or 8 if quick")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="a folder")
     chosen = parser.parse_args(arguments)
@@ -213,7 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("nothing to do without --data FOLDER or --quick")
         return
     torch.set_num_threads(1)
-    count = 8 if chosen.quick else chosen.splits
+    count = chosen.splits or (8 if chosen.quick else 200)
     bench = Bench(miniature() if chosen.quick else load(chosen.data, "train"))
     output = chosen.output or RESULTS
     print(f"{len(bench.frames)} frames, {count} splits, seed {chosen.seed}")
