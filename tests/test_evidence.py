@@ -87,6 +87,23 @@ def test_labels_are_counted_rule_by_rule(
             assert 1 - float(row["accuracy"]) <= float(row["level"]) + 0.02
 
 
+def test_kept_labels_are_counted_as_by_hand(script: Script) -> None:
+    labels = script("labels")
+    said = torch.tensor([[0, 0, 1, 255, 1, 0]])
+    truth = torch.tensor([[0, 1, 1, 1, 255, 0]])
+    counts = labels.confusion(said, truth, 3)
+    assert counts.tolist() == [[2, 0, 0, 0], [1, 1, 0, 1], [0, 0, 0, 0]]
+    some = labels.confusion(said, truth, 2)
+    purity, recall = labels.by_class(some)
+    assert purity.tolist() == [2 / 3, 1.0]
+    assert recall.tolist() == [1.0, 1 / 3]
+    found = labels.summary(some)
+    assert (found["kept"], found["accuracy"], found["classes kept"]) == (4 / 5, 3 / 4, 2)
+    assert found["mean purity"] == pytest.approx(5 / 6)
+    assert found["mean recall"] == pytest.approx(2 / 3)
+    assert found["mean IoU"] == pytest.approx((2 / 3 + 1 / 3) / 2)
+
+
 def test_a_sum_of_states_is_what_an_update_gives(script: Script) -> None:
     judge, frames = script("judge"), script("miniature").miniature(24)
     bench, chosen = judge.Bench(frames), [3, 17, 4, 11, 20, 8, 22, 1, 13, 6]
