@@ -67,9 +67,13 @@ VIDEO_WAYS = (
 
 def ways(listed: tuple[tuple[str, str, str], ...], score: str) -> list[Way]:
     """With what takes long on some of the splits only."""
-    slow = {"location": 4, "4 fitted clusters": 8}
+    slow = {"location": 4, "4 fitted clusters": 8, "interpolated": 4, "clusters": 4}
+    slow |= {"4 rings": 2, "3 bands": 2, "3 bands x class": 2}
     usual = 1 if score == "LAC" else 2
-    return [Way(*names, score, slow.get(names[0], usual)) for names in listed]
+    return [
+        Way(group, unit, fallback, score, max(slow.get(group, usual), slow.get(fallback, usual)))
+        for group, unit, fallback in listed
+    ]
 
 
 class Tally:
@@ -133,10 +137,12 @@ def splits(frames: Frames, count: int, budgets: tuple[int, ...], seed: int) -> I
             yield n, number, order[:n], order[n:]
 
 
-def at_random(bench: Bench, count: int, budgets: tuple[int, ...], seed: int) -> list[Row]:
+def at_random(
+    bench: Bench, listed: list[Way], count: int, budgets: tuple[int, ...], seed: int
+) -> list[Row]:
     """Splits by image, where all that is promised must hold."""
     rows: list[Row] = []
-    for way in (*ways(LAC_WAYS, "LAC"), *ways(APS_WAYS, "APS")):
+    for way in listed:
         tallies: dict[tuple[int, float], Tally] = {}
         for n, number, drawn, rest in splits(bench.frames, count, budgets, seed):
             if number % way.every:
@@ -340,6 +346,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--splits", type=int, help="200, or 8 if quick")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=["random", "peers", "videos"])
+    parser.add_argument("--scores", nargs="*", default=list(SCORES), help="of the random part")
     parser.add_argument("--output", type=Path, help="a folder")
     chosen = parser.parse_args(arguments)
     if chosen.data is None and not chosen.quick:
@@ -359,7 +366,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     key = ["group", "unit", "fallback", "score", "n", "alpha"]
     if "random" in chosen.only:
-        rows = at_random(bench, count, budgets, seed)
+        both = {"LAC": LAC_WAYS, "APS": APS_WAYS}
+        listed = [way for name in chosen.scores for way in ways(both[name], name)]
+        rows = at_random(bench, listed, count, budgets, seed)
         part("random", "Frames drawn at random", rows, [*key, *WHAT])
     if "peers" in chosen.only:
         rows = peers(bench, count, budgets, seed)
