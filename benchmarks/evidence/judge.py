@@ -5,7 +5,7 @@ A labeled budget of n frames is all a way of calibrating gets. What is fitted be
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -80,16 +80,14 @@ class Judge:
         self.starts = np.concatenate(([0], self.counts.ravel().cumsum()[:-1]))
         self.sample = np.arange(labels.shape[1]).reshape(frames.labels.shape[1:])[::4, ::4].ravel()
         self.thin = score(frames.logits[:, :, ::4, ::4]).flatten(2).numpy()
+        self.sorted = [np.sort(part) for part in np.split(self.scores, self.starts[1:])]
+        self.sorted_thin = np.sort(self.thin, axis=2)
         self.bands = bands.flatten().numpy()
         self.classes = classes
 
     def limits(self, thresholds: np.ndarray, axes: tuple[str, ...]) -> np.ndarray:
-        """Thresholds as ``(C or 1, P or 1)``."""
+        """Thresholds as ``(C or 1, P)``."""
         match axes:
-            case ():
-                return thresholds.reshape(1, 1)
-            case ("class",):
-                return thresholds[:, None]
             case ("group",):
                 return thresholds[self.bands][None]
             case ("group", "class"):
@@ -99,26 +97,36 @@ class Judge:
 
     def coverage(self, thresholds: Tensor | np.ndarray, axes: tuple[str, ...]) -> Coverage:
         """Of every frame."""
-        limit = self.limits(np.asarray(thresholds, dtype=np.float32), axes)
-        rows, columns = limit.shape
-        if rows == columns == 1:
-            own: Any = limit[0, 0]
-        elif columns == 1:
-            segments = np.tile(limit[:, 0], len(self.counts))
-            own = np.repeat(segments, self.counts.ravel())
-        elif rows == 1:
-            own = limit[0, self.pixel]
-        else:
-            own = limit[self.label, self.pixel]
+        limits = np.asarray(thresholds, dtype=np.float32)
+        if axes in ((), ("class",)):
+            return next(self.coverages([limits]))
+        limit = self.limits(limits, axes)
+        own = limit[0, self.pixel] if len(limit) == 1 else limit[self.label, self.pixel]
         held = (self.scores <= own).astype(np.uint8)
         nonempty = self.counts.ravel() > 0
         sums = np.zeros(self.counts.size)
         sums[nonempty] = np.add.reduceat(held, self.starts[nonempty], dtype=np.int64)
-        sums = sums.reshape(self.counts.shape)
+        inside = np.count_nonzero(self.thin <= limit[:, self.sample], axis=(1, 2))
+        return self._shares(sums.reshape(self.counts.shape), inside)
+
+    def coverages(self, thresholds: Sequence[np.ndarray]) -> Iterator[Coverage]:
+        """The same at many thresholds at once, each ``(1,)`` or ``(C,)``: ranks in sorted scores."""
+        limits = np.stack([np.broadcast_to(each, self.classes) for each in thresholds], 1)
+        frames = len(self.counts)
+        sums = np.zeros((len(thresholds), frames, self.classes))
+        inside = np.zeros((len(thresholds), frames))
+        for frame in range(frames):
+            for label in range(self.classes):
+                part = self.sorted[frame * self.classes + label]
+                sums[:, frame, label] = np.searchsorted(part, limits[label], side="right")
+                thin = self.sorted_thin[frame, label]
+                inside[:, frame] += np.searchsorted(thin, limits[label], side="right")
+        for each, size in zip(sums, inside, strict=True):
+            yield self._shares(each, size)
+
+    def _shares(self, sums: np.ndarray, inside: np.ndarray) -> Coverage:
         with np.errstate(invalid="ignore"):
             of_images, of_classes = sums.sum(1) / self.counts.sum(1), sums / self.counts
-        sampled = limit if columns == 1 else limit[:, self.sample]
-        inside = np.count_nonzero(self.thin <= sampled, axis=(1, 2))
         return Coverage(of_images, of_classes, inside / self.thin.shape[2])
 
     def of_one(self, threshold: float, index: int) -> tuple[float, float]:
