@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ from scipy.stats import t
 from tables import RESULTS, Row, markdown, write
 from torch import Tensor
 
-import cpseg
+if TYPE_CHECKING:
+    import cpseg
 
 UNLIKELY = 1e-4  # what chance may explain, for each number that is judged
 
