@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from frames import Frames, load
-from judge import ALPHAS, SCORES, Bench, Coverage, Way
+from judge import ALPHAS, SCORES, Bench, Coverage, Judge, Way
 from miniature import miniature
 from scipy.stats import t
 from tables import RESULTS, Row, markdown, write
@@ -153,18 +153,23 @@ def at_random(
             for alpha, made in bench.calibrations(way, drawn):
                 if made is not None:
                     found.setdefault((n, alpha), []).append((made, rest))
-        judge = bench.judge(way.score)
         for (n, alpha), held in found.items():
-            tally = Tally()
-            if held[0][0].axes in ((), ("class",)):
-                covered = judge.coverages([made.thresholds.numpy() for made, _ in held])
-            else:
-                covered = (judge.coverage(made.thresholds, made.axes) for made, _ in held)
-            for coverage, (made, rest) in zip(covered, held, strict=True):
-                tally.add(coverage[rest], made.thresholds)
+            tally = tallied(bench.judge(way.score), held)
             rows.append({**way.told, "n": n, **tally.row(alpha, bench.frames.classes)})
         print("done:", *way.told.values(), file=sys.stderr, flush=True)
     return rows
+
+
+def tallied(judge: Judge, held: "list[tuple[cpseg.Calibration, list[int]]]") -> Tally:
+    """Calibrations of one way, each tested on the frames beside it."""
+    tally = Tally()
+    if held[0][0].axes in ((), ("class",)):
+        covered = judge.coverages([made.thresholds.numpy() for made, _ in held])
+    else:
+        covered = (judge.coverage(made.thresholds, made.axes) for made, _ in held)
+    for coverage, (made, rest) in zip(covered, held, strict=True):
+        tally.add(coverage[rest], made.thresholds)
+    return tally
 
 
 def by_video(bench: Bench, count: int, budgets: tuple[int, ...], seed: int) -> list[Row]:
@@ -202,15 +207,16 @@ def judged(
     bench: Bench, way: Way, drawn: list[list[int]], target: list[int], told: dict[str, object]
 ) -> list[Row]:
     """Calibrated on each of the drawn sets; tested on what of the target was not drawn."""
-    tallies = {alpha: Tally() for alpha in ALPHAS}
+    made: dict[float, list[tuple[cpseg.Calibration, list[int]]]] = {}
     for chosen in drawn:
         rest = sorted(set(target) - set(chosen))
-        for alpha, made in bench.calibrations(way, chosen):
-            if made is not None:
-                found = bench.judge(way.score).coverage(made.thresholds, made.axes)[rest]
-                tallies[alpha].add(found, made.thresholds)
-    names = bench.frames.classes
-    return [{**told, **tally.row(alpha, names)} for alpha, tally in tallies.items() if tally.means]
+        for alpha, calibration in bench.calibrations(way, chosen):
+            if calibration is not None:
+                made.setdefault(alpha, []).append((calibration, rest))
+    return [
+        {**told, **tallied(bench.judge(way.score), held).row(alpha, bench.frames.classes)}
+        for alpha, held in made.items()
+    ]
 
 
 @dataclass(frozen=True)
