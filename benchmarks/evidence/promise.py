@@ -34,14 +34,17 @@ if TYPE_CHECKING:
 UNLIKELY = 1e-4  # what chance may explain, for each number that is judged
 
 
-LAC_WAYS = (
+MAIN_WAYS = (
     ("none", "image", "none"),
     ("none", "pixel", "none"),
     ("class", "image", "none"),
     ("class", "image", "pooled"),
+    ("class", "pixel", "none"),
+)
+LAC_WAYS = (
+    *MAIN_WAYS,
     ("class", "image", "interpolated"),
     ("class", "image", "clusters"),
-    ("class", "pixel", "none"),
     ("location", "image", "none"),
     ("4 rings", "image", "none"),
     ("4 rings", "pixel", "none"),
@@ -50,14 +53,7 @@ LAC_WAYS = (
     ("3 bands x class", "image", "none"),
     ("3 bands x class", "image", "pooled"),
 )
-APS_WAYS = (
-    ("none", "image", "none"),
-    ("none", "pixel", "none"),
-    ("class", "image", "none"),
-    ("class", "image", "pooled"),
-    ("class", "pixel", "none"),
-    ("location", "image", "none"),
-)
+APS_WAYS = (*MAIN_WAYS, ("location", "image", "none"))
 VIDEO_WAYS = (
     ("none", "image", "none"),
     ("none", "pixel", "none"),
@@ -70,12 +66,10 @@ VIDEO_WAYS = (
 
 def ways(listed: tuple[tuple[str, str, str], ...], score: str) -> list[Way]:
     """With what takes long on some of the splits only."""
-    slow = {"location": 8, "4 fitted clusters": 10, "interpolated": 8, "clusters": 4}
-    slow |= {"4 rings": 2, "3 bands": 2, "3 bands x class": 2}
     usual = 1 if score == "LAC" else 2
     return [
-        Way(group, unit, fallback, score, max(slow.get(group, usual), slow.get(fallback, usual)))
-        for group, unit, fallback in listed
+        Way(*names, score, usual if names in MAIN_WAYS else 10 if names[0] != "location" else 20)
+        for names in listed
     ]
 
 
@@ -142,9 +136,8 @@ def splits(frames: Frames, count: int, budgets: tuple[int, ...], seed: int) -> I
 
 def at_random(
     bench: Bench, listed: list[Way], count: int, budgets: tuple[int, ...], seed: int
-) -> list[Row]:
+) -> Iterator[Row]:
     """Splits by image, where all that is promised must hold."""
-    rows: list[Row] = []
     for way in listed:
         found: dict[tuple[int, float], list[tuple[cpseg.Calibration, list[int]]]] = {}
         for n, number, drawn, rest in splits(bench.frames, count, budgets, seed):
@@ -155,9 +148,8 @@ def at_random(
                     found.setdefault((n, alpha), []).append((made, rest))
         for (n, alpha), held in found.items():
             tally = tallied(bench.judge(way.score), held)
-            rows.append({**way.told, "n": n, **tally.row(alpha, bench.frames.classes)})
+            yield {**way.told, "n": n, **tally.row(alpha, bench.frames.classes)}
         print("done:", *way.told.values(), file=sys.stderr, flush=True)
-    return rows
 
 
 def tallied(judge: Judge, held: "list[tuple[cpseg.Calibration, list[int]]]") -> Tally:
@@ -361,6 +353,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=["random", "peers", "videos"])
     parser.add_argument("--scores", nargs="*", default=list(SCORES), help="of the random part")
+    parser.add_argument("--groups", nargs="*", help="of the random part; all of them if left out")
     parser.add_argument("--output", type=Path, help="a folder")
     chosen = parser.parse_args(arguments)
     if chosen.data is None and not chosen.quick:
@@ -382,7 +375,8 @@ def main(arguments: list[str] | None = None) -> None:
     if "random" in chosen.only:
         both = {"LAC": LAC_WAYS, "APS": APS_WAYS}
         listed = [way for name in chosen.scores for way in ways(both[name], name)]
-        rows = at_random(bench, listed, count, budgets, seed)
+        listed = [way for way in listed if chosen.groups is None or way.group in chosen.groups]
+        rows = list(at_random(bench, listed, count, budgets, seed))
         part("random", "Frames drawn at random", rows, [*key, *WHAT])
     if "peers" in chosen.only:
         rows = peers(bench, count, budgets, seed)
