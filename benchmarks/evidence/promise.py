@@ -25,7 +25,7 @@ from frames import Frames, load
 from judge import ALPHAS, SCORES, Bench, Coverage, Judge, Way
 from miniature import miniature
 from scipy.stats import t
-from tables import RESULTS, Row, markdown, write
+from tables import RESULTS, Row, markdown, told, write
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -66,9 +66,13 @@ VIDEO_WAYS = (
 
 def ways(listed: tuple[tuple[str, str, str], ...], score: str) -> list[Way]:
     """With what takes long on some of the splits only."""
-    usual = 1 if score == "LAC" else 2
+    slow = {"none": 1, "class": 4, "location": 20}
     return [
-        Way(*names, score, usual if names in MAIN_WAYS else 10 if names[0] != "location" else 20)
+        Way(
+            *names,
+            score,
+            slow.get(names[0], 10) if names in MAIN_WAYS or names[0] == "location" else 10,
+        )
         for names in listed
     ]
 
@@ -376,7 +380,10 @@ def main(arguments: list[str] | None = None) -> None:
         both = {"LAC": LAC_WAYS, "APS": APS_WAYS}
         listed = [way for name in chosen.scores for way in ways(both[name], name)]
         listed = [way for way in listed if chosen.groups is None or way.group in chosen.groups]
-        rows = list(at_random(bench, listed, count, budgets, seed))
+        rows = []
+        for row in at_random(bench, listed, count, budgets, seed):
+            rows.append(row)
+            print(*(told(row[name]) for name in (*key, *WHAT)), file=sys.stderr, flush=True)
         part("random", "Frames drawn at random", rows, [*key, *WHAT])
     if "peers" in chosen.only:
         rows = peers(bench, count, budgets, seed)
