@@ -207,6 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--splits", type=int, help="200, or 8 if quick")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", default=["weights", "alarms", "levels"])
     parser.add_argument("--output", type=Path, help="a folder")
     chosen = parser.parse_args(arguments)
     if chosen.data is None and not chosen.quick:
@@ -218,11 +219,13 @@ def main(arguments: list[str] | None = None) -> None:
     output = chosen.output or RESULTS
     print(f"{len(bench.frames)} frames, {count} splits, seed {chosen.seed}")
     parts = {
-        "weights": ("Weights", weighted(bench, max(count // 10, 2), chosen.seed)),
-        "alarms": ("Alarms at delta = 0.01", alarms(bench, count, chosen.seed)),
-        "levels": ("Levels that move", following(bench)),
+        "weights": ("Weights", lambda: weighted(bench, max(count // 10, 2), chosen.seed)),
+        "alarms": ("Alarms at delta = 0.01", lambda: alarms(bench, count, chosen.seed)),
+        "levels": ("Levels that move", lambda: following(bench)),
     }
-    for name, (title, rows) in parts.items():
+    for name in chosen.only:
+        title, run = parts[name]
+        rows = run()
         if chosen.output or not chosen.quick:
             write(output / f"shift_{name}.csv", rows)
         print(f"\n{title}\n\n{markdown(rows, list(rows[0]))}", flush=True)
