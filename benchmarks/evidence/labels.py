@@ -4,7 +4,7 @@
     python benchmarks/evidence/labels.py --quick
 
 FOLDER is as frames.py says. Each filter is calibrated on the labeled frames of a split and judged
-on all others of the train part; what is fitted before calibration takes half of the labeled
+on every third of the others of the train part; what is fitted before calibration takes half of the labeled
 frames. Prints Markdown tables and writes ``results/labels_PART.csv``: ``curves``, every rule on the
 three splits, over a range of levels on that of 46; ``draws``, each rule at one level on labeled frames drawn at
 random; ``classes``, every rule and level of ``curves`` class by class on the split of 46.
@@ -190,8 +190,8 @@ def by_class(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def parted(frames: Frames, seen: list[int]) -> tuple[Frames, Frames]:
-    """The labeled frames, and all others."""
-    return frames[seen], frames[sorted(set(range(len(frames))) - set(seen))]
+    """The labeled frames, and every third of the others: neighbors in a video are nearly the same."""
+    return frames[seen], frames[sorted(set(range(len(frames))) - set(seen))[::3]]
 
 
 def judged(made: Labels, rest: Frames) -> np.ndarray:
@@ -226,12 +226,12 @@ def curves(
 
 
 def draws(frames: Frames, n: int, count: int, seed: int) -> list[Row]:
-    """Each rule at its usual level on frames drawn at random, judged on every third of the others."""
+    """Each rule at its usual level on frames drawn at random: mean and standard deviation."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, list[dict[str, float]]] = {}
     for number in range(count):
         chosen = torch.randperm(len(frames), generator=generator).tolist()
-        seen, rest = frames[chosen[:n]], frames[chosen[n::3]]
+        seen, rest = parted(frames, chosen[:n])
         for rule in rules(frames.classes):
             counts = judged(rule.fit(seen)(rule.usual), rest)
             found.setdefault(rule.name, []).append(summary(counts))
@@ -348,6 +348,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="frames made on the fly, few draws")
     parser.add_argument("--draws", type=int, help="5, or 2 if quick")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", default=["curves", "draws"])
     parser.add_argument("--output", type=Path, help="a folder")
     parser.add_argument("--figure", type=Path)
     chosen = parser.parse_args(arguments)
@@ -363,14 +364,16 @@ def main(arguments: list[str] | None = None) -> None:
         frames, middle = load(chosen.data, "train"), 46
         budgets = {n: labeled(chosen.data, n, frames) for n in (23, 46, 92)}
     print(f"{len(frames)} frames, {count} draws, seed {chosen.seed}")
-    every, counts = curves(frames, budgets, middle)
-    if chosen.figure:
-        figure(every, middle, chosen.figure)
-    parts = {
-        "curves": ("Every rule over its levels", every),
-        "draws": ("Labeled frames drawn at random", draws(frames, middle, count, chosen.seed)),
-        "classes": ("Purity / recall in percent", of_classes(counts, frames.classes)),
-    }
+    parts: dict[str, tuple[str, list[Row]]] = {}
+    if "curves" in chosen.only:
+        every, counts = curves(frames, budgets, middle)
+        if chosen.figure:
+            figure(every, middle, chosen.figure)
+        parts["curves"] = "Every rule over its levels", every
+        parts["classes"] = "Purity / recall in percent", of_classes(counts, frames.classes)
+    if "draws" in chosen.only:
+        rows = draws(frames, middle, count, chosen.seed)
+        parts["draws"] = "Labeled frames drawn at random", rows
     for name, (title, rows) in parts.items():
         if chosen.output or not chosen.quick:
             write((chosen.output or RESULTS) / f"labels_{name}.csv", rows)
