@@ -3,11 +3,11 @@
     python benchmarks/evidence/labels.py --data FOLDER --figure docs/_static/evidence_labels.png
     python benchmarks/evidence/labels.py --quick
 
-FOLDER is as frames.py says. Each filter is calibrated on the labeled frames of a split and judged
-on every third of the others of the train part; what is fitted before calibration takes half of the labeled
-frames. Prints Markdown tables and writes ``results/labels_PART.csv``: ``curves``, every rule on the
-three splits, over a range of levels on that of 46; ``draws``, each rule at one level on labeled frames drawn at
-random; ``classes``, every rule and level of ``curves`` class by class on the split of 46.
+FOLDER is as frames.py says. Each filter is calibrated on the labeled frames of a split, and judged on
+every third of the others of the train part; what is fitted before calibration takes half of the
+labeled frames. Prints Markdown tables and writes ``results/labels_PART.csv``: ``curves``, every rule
+on the three splits, over a range of levels on that of 46; ``classes``, the same on the split of 46
+class by class; ``draws``, each rule at one level on labeled frames drawn at random.
 
 Purity of a class: of the labels kept as the class, how many are right. Recall: of the pixels of the
 class, how many keep the right label. Their means over classes count each class alike.
