@@ -4,7 +4,7 @@
     python benchmarks/evidence/labels.py --quick
 
 FOLDER is as frames.py says. Each filter is calibrated on the labeled frames of a split, and judged on
-every third of the others of the train part; what is fitted before calibration takes half of the
+the others of the train part, or one of ``--every`` of them; what is fitted before calibration takes half of the
 labeled frames. Prints Markdown tables and writes ``results/labels_PART.csv``: ``curves``, every rule
 on the three splits, over a range of levels on that of 46; ``classes``, the same on the split of 46
 class by class; ``draws``, each rule at one level on labeled frames drawn at random.
@@ -189,9 +189,9 @@ def by_class(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return right / counts[:, :-1].sum(0), right / counts.sum(1)
 
 
-def parted(frames: Frames, seen: list[int]) -> tuple[Frames, Frames]:
-    """The labeled frames, and every third of the others: neighbors in a video are nearly the same."""
-    return frames[seen], frames[sorted(set(range(len(frames))) - set(seen))[::3]]
+def parted(frames: Frames, seen: list[int], every: int) -> tuple[Frames, Frames]:
+    """The labeled frames, and one of so many others: neighbors in a video are nearly the same."""
+    return frames[seen], frames[sorted(set(range(len(frames))) - set(seen))[::every]]
 
 
 def judged(made: Labels, rest: Frames) -> np.ndarray:
@@ -200,7 +200,7 @@ def judged(made: Labels, rest: Frames) -> np.ndarray:
 
 
 def curves(
-    frames: Frames, budgets: dict[int, list[int]], middle: int
+    frames: Frames, budgets: dict[int, list[int]], middle: int, every: int
 ) -> tuple[list[Row], dict[tuple[str, float], np.ndarray]]:
     """Every rule, over its levels with one budget and at its usual one with others.
 
@@ -209,7 +209,7 @@ def curves(
     rows: list[Row] = []
     held: dict[tuple[str, float], np.ndarray] = {}
     for n, labeled_ones in budgets.items():
-        seen, rest = parted(frames, labeled_ones)
+        seen, rest = parted(frames, labeled_ones, every)
         for rule in rules(frames.classes):
             at = rule.fit(seen)
             for level in rule.levels if n == middle else (rule.usual,):
@@ -225,13 +225,13 @@ def curves(
     return rows, held
 
 
-def draws(frames: Frames, n: int, count: int, seed: int) -> list[Row]:
+def draws(frames: Frames, n: int, count: int, seed: int, every: int) -> list[Row]:
     """Each rule at its usual level on frames drawn at random: mean and standard deviation."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, list[dict[str, float]]] = {}
     for number in range(count):
         chosen = torch.randperm(len(frames), generator=generator).tolist()
-        seen, rest = parted(frames, chosen[:n])
+        seen, rest = parted(frames, chosen[:n], every)
         for rule in rules(frames.classes):
             counts = judged(rule.fit(seen)(rule.usual), rest)
             found.setdefault(rule.name, []).append(summary(counts))
@@ -348,6 +348,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="frames made on the fly, few draws")
     parser.add_argument("--draws", type=int, help="5, or 2 if quick")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=1, help="judge one of so many frames")
+    parser.add_argument("--budgets", type=int, nargs="*", default=[23, 46, 92])
     parser.add_argument("--only", nargs="*", default=["curves", "draws"])
     parser.add_argument("--output", type=Path, help="a folder")
     parser.add_argument("--figure", type=Path)
@@ -362,17 +364,17 @@ def main(arguments: list[str] | None = None) -> None:
         budgets = {60: list(range(0, 120, 2))}
     else:
         frames, middle = load(chosen.data, "train"), 46
-        budgets = {n: labeled(chosen.data, n, frames) for n in (23, 46, 92)}
+        budgets = {n: labeled(chosen.data, n, frames) for n in chosen.budgets}
     print(f"{len(frames)} frames, {count} draws, seed {chosen.seed}")
     parts: dict[str, tuple[str, list[Row]]] = {}
     if "curves" in chosen.only:
-        every, counts = curves(frames, budgets, middle)
+        rows, counts = curves(frames, budgets, middle, chosen.every)
         if chosen.figure:
-            figure(every, middle, chosen.figure)
-        parts["curves"] = "Every rule over its levels", every
+            figure(rows, middle, chosen.figure)
+        parts["curves"] = "Every rule over its levels", rows
         parts["classes"] = "Purity / recall in percent", of_classes(counts, frames.classes)
     if "draws" in chosen.only:
-        rows = draws(frames, middle, count, chosen.seed)
+        rows = draws(frames, middle, count, chosen.seed, chosen.every)
         parts["draws"] = "Labeled frames drawn at random", rows
     for name, (title, rows) in parts.items():
         if chosen.output or not chosen.quick:
