@@ -34,13 +34,14 @@ if TYPE_CHECKING:
 UNLIKELY = 1e-4  # what chance may explain, for each number that is judged
 
 
-MAIN_WAYS = (
-    ("none", "image", "none"),
-    ("none", "pixel", "none"),
-    ("class", "image", "none"),
-    ("class", "image", "pooled"),
-    ("class", "pixel", "none"),
-)
+# Group, unit, fallback; every so many splits. What is not listed is run on every tenth.
+MAIN_WAYS = {
+    ("none", "image", "none"): 1,
+    ("none", "pixel", "none"): 1,
+    ("class", "image", "none"): 4,
+    ("class", "image", "pooled"): 4,
+    ("class", "pixel", "none"): 4,
+}
 LAC_WAYS = (
     *MAIN_WAYS,
     ("class", "image", "interpolated"),
@@ -65,16 +66,7 @@ VIDEO_WAYS = (
 
 
 def ways(listed: tuple[tuple[str, str, str], ...], score: str) -> list[Way]:
-    """With what takes long on some of the splits only."""
-    slow = {"none": 1, "class": 4, "location": 20}
-    return [
-        Way(
-            *names,
-            score,
-            slow.get(names[0], 10) if names in MAIN_WAYS or names[0] == "location" else 10,
-        )
-        for names in listed
-    ]
+    return [Way(*names, score, MAIN_WAYS.get(names, 10)) for names in listed]
 
 
 class Tally:
