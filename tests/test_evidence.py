@@ -1,0 +1,170 @@
+"""The scripts of benchmarks/evidence/ run on frames made on the fly, and count what they say."""
+
+import csv
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+EVIDENCE = Path(__file__).parents[1] / "benchmarks" / "evidence"
+
+Script = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Script:
+    """A module of that folder, by name."""
+    monkeypatch.syspath_prepend(EVIDENCE)
+    return import_module
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_new_video_breaks_what_holds_at_random(
+    script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--quick", "--splits", "4", "--only", "random", "videos", "--output", str(tmp_path)]
+    script("promise").main(options)
+    assert "| 3 bands x class | image | pooled | LAC | 24 |" in capsys.readouterr().out
+    drawn = rows_of(tmp_path / "promise_random.csv")
+    assert {row["score"] for row in drawn} == {"LAC", "APS"}
+    promised = [row for row in drawn if row["unit"] == "image" and row["fallback"] == "none"]
+    assert not [row for row in promised if row["group"] == "none" and row["short"]]
+    assert not [row for row in promised if row["group"] == "class" and row["classes short"] != "0"]
+    hard = [
+        row
+        for row in rows_of(tmp_path / "promise_videos.csv")
+        if row["test"] == "video1" and row["alpha"] == "0.1" and row["n"] == "24"
+    ]
+    assert hard
+    assert all(float(row["mean of images"]) < 0.85 for row in hard)
+    assert all(row["commit"] for row in hard)
+
+
+def test_tools_for_shifts_meet_a_new_video(
+    script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script("shift").main(["--quick", "--splits", "4", "--output", str(tmp_path)])
+    assert "Levels that move" in capsys.readouterr().out
+    moving = {
+        row["gamma"]: float(row["mean of images"])
+        for row in rows_of(tmp_path / "shift_levels.csv")
+        if row["test"] == "video1" and row["alpha"] == "0.1"
+    }
+    assert moving["fixed"] < moving["0.01"] < moving["0.05"] < moving["0.2"]
+    random_order = rows_of(tmp_path / "shift_alarms.csv")[0]
+    assert float(random_order["alarm before the new video"]) == 0
+    weights = rows_of(tmp_path / "shift_weights.csv")
+    assert {row["test"] for row in weights} == {"video0", "video1", "video2", "no shift"}
+
+
+def test_labels_are_counted_rule_by_rule(
+    script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "figure.png"
+    options = ["--quick", "--draws", "2", "--output", str(tmp_path), "--figure", str(picture)]
+    script("labels").main(options)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "Purity / recall in percent" in capsys.readouterr().out
+    curves = rows_of(tmp_path / "labels_curves.csv")
+    found = {(row["rule"], row["level"]): row for row in curves}
+    raw, perfect = found["confidence", "0"], found["no wrong label", "nan"]
+    assert (raw["kept"], perfect["accuracy"]) == ("1", "1")
+    assert perfect["kept"] == raw["accuracy"]
+    assert perfect["mean recall"] == raw["mean recall"]
+    assert float(found["confidence", "0.9"]["accuracy"]) > float(raw["accuracy"])
+    # Where the claim can be made, it is kept on the frames at hand.
+    for row in curves:
+        if row["rule"].startswith("controlled error") and row["kept"] != "0":
+            assert 1 - float(row["accuracy"]) <= float(row["level"]) + 0.02
+
+
+def test_kept_labels_are_counted_as_by_hand(script: Script) -> None:
+    labels = script("labels")
+    said = torch.tensor([[0, 0, 1, 255, 1, 0]])
+    truth = torch.tensor([[0, 1, 1, 1, 255, 0]])
+    counts = labels.confusion(said, truth, 3)
+    assert counts.tolist() == [[2, 0, 0, 0], [1, 1, 0, 1], [0, 0, 0, 0]]
+    some = labels.confusion(said, truth, 2)
+    purity, recall = labels.by_class(some)
+    assert purity.tolist() == [2 / 3, 1.0]
+    assert recall.tolist() == [1.0, 1 / 3]
+    found = labels.summary(some)
+    assert (found["kept"], found["accuracy"], found["classes kept"]) == (4 / 5, 3 / 4, 2)
+    assert found["mean purity"] == pytest.approx(5 / 6)
+    assert found["mean recall"] == pytest.approx(2 / 3)
+    assert found["mean IoU"] == pytest.approx((2 / 3 + 1 / 3) / 2)
+
+
+def test_a_sum_of_states_is_what_an_update_gives(script: Script) -> None:
+    judge, frames = script("judge"), script("miniature").miniature(24)
+    bench, chosen = judge.Bench(frames), [3, 17, 4, 11, 20, 8, 22, 1, 13, 6]
+    logits, labels = frames.logits[chosen], frames.labels[chosen]
+    for group in ("none", "class", "4 rings", "3 bands", "3 bands x class"):
+        for unit in ("image", "pixel"):
+            make, banded = bench._make(group, unit, "LAC")
+            beside = (bench.bands,) if banded else ()
+            wanted = make().update(logits, labels, *beside)
+            summed = bench.stock(group, unit, "LAC").of(chosen)
+            assert summed.fingerprint == wanted.fingerprint
+            for alpha in (0.1, 0.25):
+                first, second = (c.compute(alpha, "pooled") for c in (summed, wanted))
+                assert torch.equal(first.thresholds, second.thresholds)
+                assert torch.equal(first.num_units, second.num_units)
+                assert torch.equal(first.max_share, second.max_share)
+
+
+def test_coverage_is_what_counting_gives(script: Script) -> None:
+    judge, frames = script("judge"), script("miniature").miniature(6, size=(8, 12))
+    frames.labels[5] = 255
+    bench = judge.Bench(frames)
+    generator = torch.Generator().manual_seed(1)
+    shapes: dict[tuple[str, ...], tuple[int, ...]] = {
+        (): (1,),
+        ("class",): (4,),
+        ("group",): (3,),
+        ("group", "class"): (3, 4),
+        ("location",): (8, 12),
+    }
+    for name, score in judge.SCORES.items():
+        scores = score(frames.logits)
+        for axes, shape in shapes.items():
+            limit = torch.rand(shape, generator=generator)
+            found = bench.judge(name).coverage(limit, axes)
+
+            def own(c: int, y: int, x: int, axes: Any = axes, limit: Any = limit) -> float:
+                band = int(bench.bands[y, x])
+                place = {"class": c, "group": band}
+                index = (y, x) if axes == ("location",) else tuple(place[a] for a in axes) or 0
+                return float(limit[index])
+
+            for entry in range(6):
+                inside = {
+                    (c, y, x): float(scores[entry, c, y, x]) <= own(c, y, x)
+                    for c in range(4)
+                    for y in range(8)
+                    for x in range(12)
+                }
+                held: dict[int, list[bool]] = {}
+                for y in range(8):
+                    for x in range(12):
+                        label = int(frames.labels[entry, y, x])
+                        if label < 4:
+                            held.setdefault(label, []).append(inside[label, y, x])
+                everything = [value for values in held.values() for value in values]
+                mean = found.of_images[entry]
+                assert mean == sum(everything) / len(everything) if everything else mean != mean  # noqa: PLR0124
+                for c in range(4):
+                    share = found.of_classes[entry, c]
+                    wanted = held.get(c)
+                    assert share == sum(wanted) / len(wanted) if wanted else share != share  # noqa: PLR0124
+                sampled = [inside[c, y, x] for c in range(4) for y in (0, 4) for x in (0, 4, 8)]
+                assert found.sizes[entry] == sum(sampled) / 6
