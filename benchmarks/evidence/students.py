@@ -7,7 +7,7 @@ Every run is one row of a results file. A row that is there is never run again, 
 goes on where it stopped, and several processes may work on one file.
 
     python benchmarks/evidence/students.py --data PATH [--arms NAME ...] [--counts 46 ...]
-        [--seeds 0 1 2 3 4] [--hold-out VIDEO] [--minutes 50]
+        [--seeds 0 1 2 3 4] [--hold-out VIDEO] [--minutes 50] [--jobs 2]
     python benchmarks/evidence/students.py --table
     python benchmarks/evidence/students.py --quick
 
@@ -20,6 +20,7 @@ import argparse
 import csv
 import fcntl
 import json
+import os
 import subprocess
 import sys
 import time
@@ -39,7 +40,7 @@ import torch
 from frames import Frames
 from scipy.stats import t as student_t
 from torch import Tensor, nn
-from torch.nn.functional import pixel_unshuffle
+from torch.nn.functional import interpolate, pad, pixel_unshuffle
 
 from cpseg import (
     Argmax,
@@ -50,11 +51,11 @@ from cpseg import (
 )
 from cpseg.annotators import SyntheticAnnotator
 from cpseg.data import SyntheticShapes
+from cpseg.filters import SoftLabels
 from cpseg.metrics import MeanIoU, SelectiveAccuracy
-from cpseg.training import TrainConfig, Trainer, UNet
+from cpseg.training import Stage, TrainConfig, Trainer, UNet
 from cpseg.training.batches import Normalize
 from cpseg.training.recipes import conformal_sam, self_training, supervised, unimatch_like
-from cpseg.training.students import logits_of
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "students.csv"
@@ -66,11 +67,11 @@ COLUMNS = (
 Key = tuple[str, ...]
 
 # The same for all arms. STEPS are the optimizer's, whatever a step sees.
-STEPS = 800
+STEPS = 600
 LABELED, UNLABELED = 4, 4  # images a step
 LR, DECAY = 2e-3, 0.99  # of AdamW, falling to 0; of the averaged student, which is what is tested
 ALPHA = 0.1
-WIDTH, DEPTH = 16, 3
+SQUARE, WIDTH, DEPTH = 2, 16, 3
 NORMALIZE = Normalize()
 
 
@@ -79,11 +80,15 @@ class Student(nn.Module):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        self.net = UNet(classes, channels=12, width=WIDTH, depth=DEPTH)
+        self.net = UNet(classes, channels=3 * SQUARE**2, width=WIDTH, depth=DEPTH)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits at half the height and width."""
-        return self.net(pixel_unshuffle(images, 2))
+        """Logits of images ``(B, 3, H, W)``, bilinear between the squares' centers."""
+        height, width = images.shape[2:]
+        whole = pad(images, (0, -width % SQUARE, 0, -height % SQUARE))
+        coarse = self.net(pixel_unshuffle(whole, SQUARE))
+        fine = interpolate(coarse, scale_factor=SQUARE, mode="bilinear")
+        return fine[..., :height, :width]
 
 
 # --- external labels ------------------------------------------------------------------------------
@@ -152,6 +157,13 @@ def then_self(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
     )
 
 
+def then_joint(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
+    last = steps // 2
+    first = external(classes, steps - last, crop).stages
+    second = Stage(name="joint", steps=last, source="teacher", merge="multiply")
+    return TrainConfig(num_classes=classes, stages=(*first, second), crop=crop, ema_decay=DECAY)
+
+
 def self_trained(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
     return self_training(
         classes, warmup_steps=steps // 3, steps=steps - steps // 3, crop=crop, ema_decay=DECAY
@@ -175,14 +187,18 @@ class Arm:
     recipe: Recipe
 
 
+# In the order in which they are run: those that matter most come first.
 ARMS = {
     "labels only": Arm(nothing, labels_only),
     "raw": Arm(raw, external),
+    "probabilities in the set": Arm(filtered(by_class, SoftLabels), external),
+    "probabilities in the set, then self-reliance": Arm(filtered(by_class, SoftLabels), then_self),
+    "probabilities in the set, then joint": Arm(filtered(by_class, SoftLabels), then_joint),
     "argmax in the set, by class": Arm(filtered(by_class, Argmax), external),
     "drop every wrong label": Arm(right_only, external),
     "all true labels": Arm(truth, external),
-    "argmax in the set, pooled": Arm(filtered(pooled, Argmax), external),
     "singletons, by class": Arm(filtered(by_class, Singleton), external),
+    "argmax in the set, pooled": Arm(filtered(pooled, Argmax), external),
     "singletons, pooled": Arm(filtered(pooled, Singleton), external),
     "argmax in the set, by class, then self-reliance": Arm(filtered(by_class, Argmax), then_self),
     "self-training alone": Arm(nothing, self_trained),
@@ -191,25 +207,6 @@ ARMS = {
         filtered(by_class, Argmax), weak_to_strong_with_labels
     ),
 }
-
-
-def config_of(arm: Arm, classes: int, steps: int, seed: int, size: tuple[int, int]) -> TrainConfig:
-    """An arm's recipe with what is the same for all."""
-    return replace(
-        arm.recipe(classes, steps, size),
-        scale=(1.0, 1.0),
-        labeled_batch=LABELED,
-        unlabeled_batch=UNLABELED,
-        optimizer="adamw",
-        lr=LR,
-        clip=1.0,
-        ema_decay=DECAY,
-        save_every=200,
-        log_every=100,
-        bar=False,
-        seed=seed,
-        head_multiplier=1.0,
-    )
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -240,6 +237,26 @@ class Split:
     def size(self) -> str:
         height, width = self.test.labels.shape[1:]
         return f"{height}x{width}"
+
+
+def config_of(arm: Arm, split: Split, steps: int, seed: int) -> TrainConfig:
+    """An arm's recipe with what is the same for all."""
+    height, width = split.test.labels.shape[1:]
+    return replace(
+        arm.recipe(len(split.test.classes), steps, (height, width)),
+        scale=(1.0, 1.0),
+        labeled_batch=LABELED,
+        unlabeled_batch=UNLABELED,
+        optimizer="adamw",
+        lr=LR,
+        clip=1.0,
+        ema_decay=DECAY,
+        save_every=200,
+        log_every=100,
+        bar=False,
+        seed=seed,
+        head_multiplier=1.0,
+    )
 
 
 def split_of(train: Frames, val: Frames, labeled: list[int], held_out: str) -> Split:
@@ -274,7 +291,7 @@ def train(
     classes = len(split.test.classes)
     trainer = Trainer(
         Student(classes).to(memory_format=torch.channels_last),
-        config_of(arm, classes, steps, task.seed, split.test.labels.shape[1:]),
+        config_of(arm, split, steps, task.seed),
         labeled=pairs(split.labeled, split.labeled.labels),
         unlabeled=pairs(split.unlabeled, external),
         directory=directory,
@@ -296,8 +313,7 @@ def row_of(
     by_video = {video: MeanIoU(classes) for video in sorted(set(videos))}
     with torch.no_grad():
         for image, label, video in zip(split.test.images, split.test.labels, videos, strict=True):
-            logits = student(NORMALIZE(image[None].float() / 255))
-            found = logits_of(logits, (label.shape[0], label.shape[1])).argmax(1)
+            found = student(NORMALIZE(image[None].float() / 255)).argmax(1)
             by_video[video].update(found, label[None])
             if video != task.held_out:
                 overall.update(found, label[None])
@@ -503,6 +519,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--counts", nargs="+", type=int, default=[46])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--hold-out", default="", metavar="VIDEO")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--minutes", type=float, default=50)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=WORK)
@@ -530,7 +547,15 @@ def main(words: list[str]) -> None:
         Task(arm, count, seed, given.hold_out)
         for count, seed, arm in product(given.counts, given.seeds, given.arms)
     ]
+    others: list[int] = []
+    for _ in range(given.jobs - 1):  # they share the frames in memory
+        others.append(os.fork())
+        if not others[-1]:
+            others = []
+            break
     run(tasks, splits, given.results, work=given.work, steps=STEPS, minutes=given.minutes)
+    for process in others:
+        os.waitpid(process, 0)
 
 
 if __name__ == "__main__":
