@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from math import sqrt
+from math import isnan, sqrt
 from pathlib import Path
 from shutil import rmtree, which
 from statistics import mean, stdev
@@ -331,7 +331,10 @@ def row_of(
         "right": f"{float(labels.accuracy_of_kept.mean_of_pixels.value):.4f}",
         "miou_by_video": json.dumps(videos_iou),
         "iou_by_class": json.dumps(
-            {n: round(v, 3) for n, v in zip(split.test.classes, per_class, strict=True)}
+            {
+                n: None if isnan(v) else round(v, 3)
+                for n, v in zip(split.test.classes, per_class, strict=True)
+            }
         ),
     }
 
