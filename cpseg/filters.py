@@ -36,6 +36,7 @@ __all__ = [
     "Decision",
     "Reason",
     "Singleton",
+    "SoftLabels",
     "Top",
     "each_class",
 ]
@@ -325,6 +326,63 @@ class Singleton:
         return _decide(self, logits, groups)
 
 
+@final
+@dataclass(frozen=True, eq=False, slots=True)
+class SoftLabels:
+    """All classes of the set, each with its probability; the others have none.
+
+    What a student can learn from without anyone having chosen: the annotator's own softmax over
+    the classes that are still possible, made to add up to 1 again. As with the other filters, a
+    class with an infinite threshold is left out, and a pixel where it is the most likely one is
+    abstained from. For :class:`cpseg.training.Stage`, as external probabilities.
+
+    Guarantee:
+        None for the probabilities; their classes other than 0 are those of the set.
+
+    Attributes:
+        calibration: Thresholds and score.
+        compiled: Fuse the work into one kernel, as :class:`cpseg.PixelSetPredictor` does.
+
+    Examples:
+        >>> from cpseg.calibrators import SplitCalibrator
+        >>> logits = torch.tensor([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 0.5]])
+        >>> calibrator = SplitCalibrator().update(logits, torch.zeros(4, dtype=torch.int64))
+        >>> soft = SoftLabels(calibrator.compute(alpha=0.2))
+        >>> soft(torch.tensor([[0.4, 0.0], [3.0, 0.0]]))
+        tensor([[0.5987, 0.4013],
+                [1.0000, 0.0000]])
+    """
+
+    calibration: Calibration
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        check_calibration(self.calibration)
+        _checks.check_flag("compiled", self.compiled)
+        self.calibration.require_rule(None)
+
+    def __call__(self, logits: Tensor, groups: Tensor | None = None) -> Tensor:
+        """Probabilities of logits ``(B, C, *S)``, 0 in all classes where abstained.
+
+        Args:
+            logits: Shape ``(B, C, *S)``.
+            groups: Integers, ``(*S)`` or ``(B, *S)``, where the calibration has groups.
+
+        Returns:
+            float32 ``(B, C, *S)``; float64 of float64.
+        """
+        axes = self.calibration.axes
+        with torch.no_grad():
+            (made,) = run(
+                lambda score: _Soften(score, axes),
+                self.calibration,
+                logits,
+                groups,
+                compiled=self.compiled,
+            )
+        return made
+
+
 _AnyFilter = Argmax | Top | BackgroundPriority | AtMost | Singleton
 
 
@@ -543,6 +601,23 @@ class _Decide:
         if isinstance(self.rule, _TopOnly):
             return True
         return "class" not in self.axes and self.follows_logits
+
+
+@dataclass(frozen=True, slots=True)
+class _Soften:
+    """The members with a finite threshold and their probabilities; none where starved or unusable."""
+
+    score: ColumnScore
+    axes: tuple[str, ...]
+
+    def __call__(self, x: Tensor, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
+        limit = limit_of(self.axes, beside).expand(x.shape)
+        member = (self.score.columns(x, position) <= limit) & limit.isfinite()
+        usable = x.amax(0).isfinite() & ~at_class(limit, top_class(x)).isinf()
+        best = torch.where(member, x, -torch.inf).amax(0)  # may lie far below the most likely class
+        weight = torch.where(member & usable & best.isfinite(), (x - best).exp(), 0)
+        total = weight.sum(0)
+        return (torch.where(total > 0, weight / total, 0),)
 
 
 def _decide(mask_filter: _AnyFilter, logits: Tensor, groups: Tensor | None) -> Decision:

@@ -96,6 +96,26 @@ def test_labels_from_elsewhere_by_name(root: Path) -> None:
     assert asked[0] == "c"
 
 
+def test_probabilities_from_elsewhere_come_as_they_are(root: Path) -> None:
+    shares = torch.zeros(3, 4, 5)
+    shares[0], shares[2] = 0.25, 0.75
+    shares[:, 0] = 0
+    given = {"a": shares, "c": shares[:2]}
+    read = SegmentationFolder(
+        root=root,
+        pairs=[("images/a.png", None), ("images/c.png", None)],
+        num_classes=3,
+        load_labels=given.__getitem__,
+    )
+    assert torch.equal(read[0][1], shares)
+    with pytest.raises(FileError, match=r"c must hold probabilities \(3, 4, 5\); got \(2, 4, 5\)"):
+        read[1]
+    only = SegmentationFolder(
+        root=root, pairs=read.pairs[:1], num_classes=3, load_labels=given.__getitem__
+    )
+    assert only.check().pixels == {2: 15, 255: 5}
+
+
 def test_every_bad_file_is_named_at_once(root: Path) -> None:
     (root / "images" / "cut.png").write_bytes((root / "images" / "a.png").read_bytes()[:60])
     picture(root / "masks" / "rgb.png", np.zeros((4, 5, 3), dtype=np.uint8))

@@ -34,7 +34,7 @@ from cpseg import (
     TopK,
 )
 from cpseg.errors import InputError
-from cpseg.filters import AreaGuard, AreaWarning, Decision, Reason, Top, each_class
+from cpseg.filters import AreaGuard, AreaWarning, Decision, Reason, SoftLabels, Top, each_class
 from cpseg.morphology import dilate
 from cpseg.protocols import Score
 
@@ -259,6 +259,37 @@ def test_every_rule_is_what_plain_python_makes_of_a_pixel(
         logits, groups = batch_of(kind, axes, space, seed)
         expected = oracle(name, calibration, logits, groups)
         assert FILTERS[name](calibration)(logits, groups).tolist() == expected.tolist()
+
+
+@every_axes
+@pytest.mark.parametrize("kind", ["random", "saturated", "broken"])
+@given(st.integers(0, 2**20))
+def test_soft_labels_are_what_plain_python_makes_of_a_pixel(
+    axes: tuple[str, ...], kind: str, seed: int
+) -> None:
+    space = SPACES[seed % len(SPACES)] or (7,)
+    calibration = drawn(axes, space, 5, seed)
+    logits, groups = batch_of(kind, axes, space, seed)
+    found, scores = SoftLabels(calibration)(logits, groups), calibration.score(logits)
+    assert found.shape == logits.shape
+    for at in pixels(3, space):
+        pixel: Any = (at[0], slice(None), *at[1:])
+        group = None if groups is None else int(groups.expand(3, *space)[at])
+        limits, x = limits_at(calibration, group, at[1:]), logits[pixel].tolist()
+        inside = [c for c in range(5) if scores[pixel][c] <= limits[c] < INF]
+        if chosen("argmax", x, scores[pixel].tolist(), limits) is None:
+            inside = []
+        best = max((x[c] for c in inside), default=0.0)
+        weight = [math.exp(x[c] - best) if c in inside and best > -INF else 0.0 for c in range(5)]
+        shares = [w / (sum(weight) or 1) for w in weight]
+        assert found[pixel].tolist() == pytest.approx(shares, abs=1e-6)
+
+
+def test_soft_labels_of_a_far_away_set_still_add_up() -> None:
+    calibration = calibrated([0.5, 1.0, 1.0], ("class",))
+    object.__setattr__(calibration, "thresholds", torch.tensor([-1.0, 1.0, 1.0]))
+    found = SoftLabels(calibration)(torch.tensor([[400.0, 0.0, 0.0]]))
+    assert found.tolist() == [[0.0, 0.5, 0.5]]
 
 
 def test_the_oracle_test_sees_every_reason_and_several_labels() -> None:

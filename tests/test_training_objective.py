@@ -73,6 +73,67 @@ def test_external_labels_make_the_targets() -> None:
     assert torch.equal(found.labels[found.kept], batch.external[found.kept])
 
 
+def soft_batch(strong: int = 0) -> Batch:
+    """A batch with external probabilities of two or three classes, and abstentions."""
+    batch = make_batch(strong)
+    g = torch.Generator().manual_seed(1)
+    weight = torch.rand(3, 4, 5, 7, generator=g) * (torch.rand(3, 4, 5, 7, generator=g) > 0.4)
+    weight *= (batch.external != 255)[:, None]
+    return replace(batch, external=weight / weight.sum(1, keepdim=True).clamp(min=1e-9))
+
+
+def test_external_probabilities_are_trained_on_as_they_are() -> None:
+    batch, network = soft_batch(), student().eval()
+    objective = TwoStageObjective((Stage(name="e", steps=1),))
+    found = objective.targets(objective.stages[0], network, batch)
+    assert torch.equal(found.labels, batch.external)
+    assert torch.equal(found.kept, (batch.external.sum(1) > 0) & batch.valid)
+    each = -(batch.external * network(batch.weak).log_softmax(1)).sum(1).detach()
+    loss = objective(network, batch, step=0).metrics["loss_unlabeled"]
+    assert float(loss) == pytest.approx(float(each[found.kept].mean()), rel=1e-5)
+
+
+def test_multiplied_probabilities_choose_among_the_classes_left() -> None:
+    batch, network = soft_batch(), student().eval()
+    stage = Stage(name="m", steps=1, source="teacher", merge="multiply", threshold=0.4)
+    found = TwoStageObjective((stage,)).targets(stage, network, batch)
+    joint = network(batch.weak).softmax(1) * batch.external
+    best, labels = (joint / joint.sum(1, keepdim=True)).max(1)
+    assert torch.equal(found.labels[found.kept], labels[found.kept])
+    assert torch.equal(found.kept, (best >= 0.4) & batch.valid)
+    assert bool((batch.external.gather(1, found.labels[:, None])[:, 0] > 0)[found.kept].all())
+
+
+def test_own_labels_do_not_look_at_external_probabilities() -> None:
+    batch, network = soft_batch(), student().eval()
+    stage = Stage(name="s", steps=1, source="student")
+    objective = TwoStageObjective((stage,))
+    found = objective.targets(stage, network, batch)
+    hard = objective.targets(stage, network, make_batch())
+    assert torch.equal(found.labels, hard.labels)
+    assert torch.equal(found.kept, hard.kept)
+
+
+@pytest.mark.parametrize("merge", ["replace", "prefer_external", "fill", "agree", "multiply"])
+def test_a_merge_refuses_the_other_kind_of_external_labels(merge: str) -> None:
+    batch = make_batch() if merge == "multiply" else soft_batch()
+    stage = Stage(name="m", steps=1, source="student", merge=merge)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="batch's external must be"):
+        TwoStageObjective((stage,)).targets(stage, student(), batch)
+
+
+def test_cutmix_moves_probabilities_with_their_images() -> None:
+    batch = soft_batch(strong=1)
+    batch = replace(batch, strong=(batch.external[:, :3],))
+    stage = Stage(name="e", steps=1, strong_views=1, cutmix=1.0)
+    objective = TwoStageObjective((stage,), seed=3)
+    found = objective.targets(stage, student(), batch)
+    (view,) = objective._views(stage, batch, found, 0, 0)
+    assert torch.equal(view.labels[:, :3], view.images)
+    assert not torch.equal(view.labels, batch.external)
+    assert torch.equal(view.kept, (view.labels.sum(1) > 0) & view.valid)
+
+
 @pytest.mark.parametrize("source", ["student", "teacher"])
 def test_own_labels_come_from_the_labeler_in_evaluation_mode(source: str) -> None:
     batch, network = make_batch(), student()

@@ -22,6 +22,7 @@ from cpseg.training import (
     generator_for,
     masked_cross_entropy,
     merge_pseudo_labels,
+    multiply_probabilities,
 )
 
 seeds = st.integers(0, 2**32 - 1)
@@ -158,6 +159,62 @@ def test_merging_refuses_what_does_not_fit(change: dict[str, object], message: s
         merge_pseudo_labels(**{**given_, **change})  # type: ignore[arg-type]
 
 
+# --- a network's probabilities times external ones ------------------------------------------------
+
+
+def some_probabilities(g: torch.Generator) -> Tensor:
+    """Of four classes, some of them out, and a pixel in four abstained from."""
+    weight = torch.rand(2, 4, 3, 5, generator=g) * (torch.rand(2, 4, 3, 5, generator=g) > 0.3)
+    weight *= torch.rand(2, 1, 3, 5, generator=g) > 0.25
+    return weight / weight.sum(1, keepdim=True).clamp(min=1e-9)
+
+
+@given(seeds)
+def test_the_product_pixel_by_pixel(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    logits, external = torch.randn(2, 4, 3, 5, generator=g), some_probabilities(g)
+    labels, confidence = multiply_probabilities(logits, external)
+    for b, y, x in torch.ones(2, 3, 5).nonzero().tolist():
+        own = [math.exp(float(value)) for value in logits[b, :, y, x]]
+        joint = [p * float(q) for p, q in zip(own, external[b, :, y, x], strict=True)]
+        if not sum(joint):
+            assert (int(labels[b, y, x]), float(confidence[b, y, x])) == (0, -1)
+            continue
+        assert float(confidence[b, y, x]) == pytest.approx(max(joint) / sum(joint), rel=1e-4)
+        assert joint[int(labels[b, y, x])] == pytest.approx(max(joint), rel=1e-4)
+
+
+@given(seeds)
+def test_equal_shares_let_the_network_choose_within_the_set(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    logits, sets = torch.randn(2, 4, 3, 5, generator=g), torch.rand(2, 4, 3, 5, generator=g) > 0.4
+    shares = sets / sets.sum(1, keepdim=True).clamp(min=1)
+    labels, confidence = multiply_probabilities(logits, shares)
+    within = logits.masked_fill(~sets, -torch.inf)
+    there = sets.any(1)
+    assert torch.equal(labels[there], within.argmax(1)[there])
+    assert torch.equal(confidence >= 0, there)
+
+
+def test_a_product_with_unusable_logits_abstains() -> None:
+    logits = torch.tensor([[0.0, math.nan], [-math.inf, -math.inf], [0.0, 1.0]])
+    labels, confidence = multiply_probabilities(logits, torch.full((3, 2), 0.5))
+    assert labels.tolist() == [0, 0, 1]
+    assert confidence[:2].tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize(
+    ("external", "message"),
+    [
+        (torch.zeros(2, 3, dtype=torch.int64), "external must be floating"),
+        (torch.zeros(2, 4), "external must have shape"),
+    ],
+)
+def test_a_product_refuses_what_does_not_fit(external: Tensor, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        multiply_probabilities(torch.zeros(2, 3), external)
+
+
 # --- the loss -------------------------------------------------------------------------------------
 
 
@@ -188,6 +245,41 @@ def test_the_three_denominators_by_hand(seed: int, which: Denominator, flat: boo
     assert float(found) == pytest.approx(
         loss_by_hand(logits, labels, used.float(), valid, which), rel=1e-4, abs=1e-6
     )
+
+
+@given(seeds, st.sampled_from(["kept", "valid", "all"]), st.booleans())
+def test_probabilities_by_hand(seed: int, which: Denominator, flat: bool) -> None:  # noqa: FBT001
+    g = torch.Generator().manual_seed(seed)
+    logits, target = torch.randn(2, 4, 3, 5, generator=g), some_probabilities(g)
+    weight = torch.rand(2, 3, 5, generator=g) * (torch.rand(2, 3, 5, generator=g) > 0.4)
+    used = weight > 0 if flat else weight
+    valid = torch.rand(2, 3, 5, generator=g) > 0.3
+    total, kept = 0.0, 0
+    for b, y, x in torch.ones(2, 3, 5).nonzero().tolist():
+        row: list[float] = logits[b, :, y, x].tolist()
+        shares: list[float] = target[b, :, y, x].tolist()
+        w = float(used[b, y, x])
+        if w and sum(shares):
+            normal = math.log(sum(math.exp(value) for value in row))
+            total += w * sum(p * (normal - v) for p, v in zip(shares, row, strict=True))
+            kept += 1
+    count = {"kept": kept, "valid": int(valid.sum()), "all": 30}[which]
+    found = masked_cross_entropy(logits, target, weight=used, denominator=which, valid=valid)
+    assert float(found) == pytest.approx(total / max(count, 1), rel=1e-4, abs=1e-6)
+
+
+@given(seeds, st.sampled_from(["kept", "valid", "all"]))
+def test_certain_probabilities_are_labels(seed: int, which: Denominator) -> None:
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, 4, 3, 5, generator=g)
+    labels = torch.tensor([0, 1, 2, 3, 255])[torch.randint(0, 5, (2, 3, 5), generator=g)]
+    certain = torch.stack([labels == c for c in range(4)], 1).float()
+    valid = torch.rand(2, 3, 5, generator=g) > 0.3
+    hard, soft = (
+        float(masked_cross_entropy(logits, target, denominator=which, valid=valid))
+        for target in (labels, certain)
+    )
+    assert soft == pytest.approx(hard, rel=1e-5)
 
 
 @pytest.mark.parametrize("which", ["kept", "valid", "all"])
@@ -227,6 +319,8 @@ def test_half_precision_logits_make_a_float32_loss() -> None:
         ({"weight": torch.ones(3)}, "weight must have shape"),
         ({"valid": torch.ones(3)}, "valid must have shape"),
         ({"labels": torch.zeros(1, 3, dtype=torch.int64)}, "labels must have shape"),
+        ({"labels": torch.zeros(1, 2)}, "labels must have shape"),
+        ({"labels": torch.zeros(1, 3, 2), "denominator": "valid"}, "valid must be given"),
     ],
 )
 def test_the_loss_refuses_what_does_not_fit(change: dict[str, object], message: str) -> None:

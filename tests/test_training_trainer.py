@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -384,6 +385,42 @@ def test_every_pass_sees_every_image_once_in_an_order_of_its_own() -> None:
     passes = [asked[start : start + 5] for start in (0, 5, 10)]
     assert all(sorted(each) == list(range(5)) for each in passes)
     assert len({tuple(each) for each in passes}) == 3
+
+
+def test_probabilities_move_as_labels_do() -> None:
+    hard = pairs(4, 1).items
+    soft = [(i, torch.stack([label == c for c in range(6)]).half()) for i, label in hard]
+    key = BatchKey(0, 0, 1, 4, 0)
+    labels, shares = (batches(unlabeled=each)[key].external for each in (hard, soft))
+    assert shares.dtype == torch.float32
+    assert torch.equal(shares, torch.stack([labels == c for c in range(6)], 1).float())
+    assert not bool(shares.sum(1).all())  # outside the image too
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p[:5], "probabilities must have shape"),
+        (lambda p: p * 1.1, "add up to 1"),
+        (lambda p: torch.stack((p[0] - 2, p[1] + 2, *p[2:])), "at least 0"),
+        (lambda p: p * math.nan, "add up to 1"),
+    ],
+)
+def test_what_are_no_probabilities_is_refused(
+    change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    image = pairs(1, 1).items[0][0]
+    even = torch.full((6, *image.shape[1:]), 1 / 6)
+    batches(unlabeled=[(image, even), (image, even * 0)])[BatchKey(0, 0, 1, 2, 0)]
+    with pytest.raises(InputError, match=message):
+        batches(unlabeled=[(image, change(even))])[BatchKey(0, 0, 1, 1, 0)]
+
+
+def test_labels_and_probabilities_do_not_mix() -> None:
+    image, label = pairs(1, 1).items[0]
+    even = torch.full((6, *image.shape[1:]), 1 / 6)
+    with pytest.raises(InputError, match="got both in one batch"):
+        batches(unlabeled=[(image, label), (image, even)])[BatchKey(0, 0, 1, 2, 0)]
 
 
 def test_a_sample_depends_on_its_position_alone() -> None:

@@ -91,7 +91,8 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         ignore_index: Label of pixels that do not count.
         load_labels: Reads the labels instead of the masks, from a name: the image's file name
             without its suffix, as in ``PseudoLabelStore.load``. The ids in what it returns are
-            labels already.
+            labels already. It may return probabilities of classes instead, floating
+            ``(C, H, W)``, 0 in all classes where they abstain.
 
     Raises:
         InputError: If there are no pairs, or two options contradict each other.
@@ -159,7 +160,7 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
 
         Returns:
             The image, red, green, blue, uint8. Shape ``(3, H, W)``. The labels, int64, classes or
-            ``ignore_index``. Shape ``(H, W)``.
+            ``ignore_index``. Shape ``(H, W)``. Or what ``load_labels`` has of probabilities.
 
         Raises:
             FileError: If a file is missing, damaged or of the wrong kind.
@@ -168,7 +169,15 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         image = read_image(Path(self.root) / image_path)
         size = tuple(image.shape[1:])
         if self.load_labels is not None:
-            labels, source = self.load_labels(self.name(index)).long(), self.name(index)
+            labels, source = self.load_labels(self.name(index)), self.name(index)
+            if labels.is_floating_point():
+                if tuple(labels.shape) != (self.num_classes, *size):
+                    wanted = (self.num_classes, *size)
+                    raise FileError(
+                        f"{source} must hold probabilities {wanted}; got {tuple(labels.shape)}"
+                    )
+                return image, labels
+            labels = labels.long()
         elif mask_path is None:
             return image, torch.full(size, self.ignore_index)
         else:
@@ -197,6 +206,12 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         for old, new in self.id_map.items():
             labels[ids == old] = new
         return labels
+
+    def _most_likely(self, labels: Tensor) -> Tensor:
+        if not labels.is_floating_point():
+            return labels
+        best, found = labels.max(0)
+        return torch.where(best > 0, found, self.ignore_index)
 
     def has_labels(self) -> bool:
         """Whether any image has a mask or labels from elsewhere, read or not."""
@@ -258,7 +273,7 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
             sizes[(image.shape[1], image.shape[2])] += 1
             if mask is not None or self.load_labels is not None:
                 masks += 1
-                values, counts = torch.unique(labels, return_counts=True)
+                values, counts = torch.unique(self._most_likely(labels), return_counts=True)
                 pixels.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
         if faults:
             raise FileError(

@@ -48,13 +48,16 @@ class Warp:
         return self._crop(grown[0], fill)
 
     def labels(self, labels: Tensor, fill: int = 255) -> Tensor:
-        """A map of classes ``(H, W)``, each pixel the nearest of the old, to ``size``."""
+        """A map of classes ``(H, W)``, each pixel the nearest of the old, to ``size``.
+
+        Maps over leading axes, such as a class's probabilities ``(C, H, W)``, are moved alike.
+        """
         grown = labels
-        if tuple(labels.shape) != self.resized:
+        if tuple(labels.shape[-2:]) != self.resized:
             rows, columns = (
-                _nearest(old, new) for old, new in zip(labels.shape, self.resized, strict=True)
+                _nearest(old, new) for old, new in zip(labels.shape[-2:], self.resized, strict=True)
             )
-            grown = labels[rows[:, None], columns]
+            grown = labels[..., rows[:, None], columns]
         return self._crop(grown, fill)
 
     def valid(self) -> Tensor:

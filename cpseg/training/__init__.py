@@ -25,6 +25,7 @@ from cpseg.training.learner import Learner
 from cpseg.training.mixing import Mix, cutmix
 from cpseg.training.objective import (
     Batch,
+    Merge,
     Stage,
     StepOutput,
     Targets,
@@ -40,6 +41,7 @@ from cpseg.training.targets import (
     MergeMode,
     masked_cross_entropy,
     merge_pseudo_labels,
+    multiply_probabilities,
 )
 from cpseg.training.train_config import TrainConfig
 from cpseg.training.trainer import FitResult, Step, Trainer
@@ -59,6 +61,7 @@ __all__ = [
     "Labeled",
     "Learner",
     "Linear",
+    "Merge",
     "MergeMode",
     "Mix",
     "MovingAverage",
@@ -91,6 +94,7 @@ __all__ = [
     "logits_of",
     "masked_cross_entropy",
     "merge_pseudo_labels",
+    "multiply_probabilities",
     "processes",
     "random_state",
     "save_checkpoint",

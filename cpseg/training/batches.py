@@ -20,13 +20,16 @@ from cpseg.training.objective import Batch
 
 __all__ = ["BatchKey", "Batches", "Labeled", "Normalize", "load"]
 
+_SUM_TOLERANCE = 1e-2  # bfloat16 rounds each probability by up to 2**-9 of itself
+
 
 class Labeled(Protocol):
     """A dataset of images and labels.
 
     An item is an image, red, green, blue, uint8 ``(3, H, W)``, and its labels, integers
     ``(H, W)``, ``ignore_index`` where there is none. Of unlabeled images, the labels are the
-    external ones, abstained from everywhere if there are none.
+    external ones, abstained from everywhere if there are none; or external probabilities,
+    floating ``(C, H, W)``, 0 in all classes where they abstain, for all images alike.
     """
 
     def __len__(self) -> int:
@@ -90,7 +93,8 @@ class Batches(Dataset[Batch]):
 
     Args:
         labeled: Images with labels.
-        unlabeled: Images with external labels, or with labels abstained from everywhere.
+        unlabeled: Images with external labels or probabilities, or with labels abstained from
+            everywhere.
         num_classes: Number of classes; a label must be one, or ``ignore_index``.
         crop: The geometry of a training image.
         color: The colors of strong views.
@@ -148,12 +152,18 @@ class Batches(Dataset[Batch]):
             external.append(label)
             valid.append(inside)
         shape = self.crop.size
+        if len({label.ndim for label in external}) > 1:
+            raise InputError(
+                "unlabeled must hold labels (H, W) or probabilities (C, H, W) for all images; "
+                "got both in one batch"
+            )
+        soft = bool(external) and external[0].is_floating_point()
         return Batch(
             images=_stacked(images, (3, *shape), torch.float32),
             labels=_stacked(labels, shape, torch.int64),
             weak=_stacked(weak, (3, *shape), torch.float32),
             strong=tuple(_stacked(view, (3, *shape), torch.float32) for view in strong),
-            external=_stacked(external, shape, torch.int64),
+            external=torch.stack(external) if soft else _stacked(external, shape, torch.int64),
             valid=_stacked(valid, shape, torch.bool),
         )
 
@@ -172,9 +182,12 @@ class Batches(Dataset[Batch]):
         generator = generator_for(self.seed, stream, "view", place)
         warp = self.crop((image.shape[1], image.shape[2]), generator)
         mean = sum(self.normalize.mean) / 3
+        soft = label.is_floating_point()
         return (
             warp.image(image.float() / 255, fill=mean),
-            warp.labels(label.long(), fill=self.ignore_index),
+            warp.labels(label.float(), fill=0)
+            if soft
+            else warp.labels(label.long(), fill=self.ignore_index),
             warp.valid(),
             generator,
         )
@@ -186,12 +199,30 @@ class Batches(Dataset[Batch]):
                 f"{where} must hold an image uint8 (3, H, W); "
                 f"got {image.dtype} {_checks.describe(image.shape)}"
             )
+        if stream == "unlabeled" and label.is_floating_point():
+            self._check_probabilities(where, image, label)
+            return
         _checks.check_map(f"{where}'s labels", label, image.shape[1:], "the image")
         known = label[label != self.ignore_index]
         if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < self.num_classes:
             raise InputError(
                 f"{where}'s labels must be classes in [0, {self.num_classes}) or "
                 f"{self.ignore_index}; got {int(known.min())} to {int(known.max())}"
+            )
+
+    def _check_probabilities(self, where: str, image: Tensor, label: Tensor) -> None:
+        shape = (self.num_classes, *image.shape[1:])
+        if label.shape != shape:
+            raise InputError(
+                f"{where}'s probabilities must have shape {_checks.describe(shape)}; "
+                f"got {_checks.describe(label.shape)}"
+            )
+        total = label.float().sum(0)
+        known = (total == 0) | ((total - 1).abs() <= _SUM_TOLERANCE)
+        if not bool(known.all()) or float(label.min()) < 0:
+            raise InputError(
+                f"{where}'s probabilities must be at least 0 and add up to 1, or to 0 where they "
+                f"abstain; got {int((~known).sum())} pixels that do not, least {float(label.min())}"
             )
 
 

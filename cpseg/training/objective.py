@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Literal, Self, final
+from typing import Literal, Self, final, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,17 @@ from cpseg.training.schedules import Constant, Schedule
 from cpseg.training.students import logits_of
 from cpseg.training.targets import (
     Denominator,
-    MergeMode,
     masked_cross_entropy,
     merge_pseudo_labels,
+    multiply_probabilities,
 )
 
-__all__ = ["Batch", "Stage", "StepOutput", "Targets", "TwoStageObjective", "labeling"]
+__all__ = ["Batch", "Merge", "Stage", "StepOutput", "Targets", "TwoStageObjective", "labeling"]
+
+Merge = Literal["replace", "prefer_external", "fill", "agree", "multiply"]
+"""How external labels meet a network's own: :func:`~cpseg.training.targets.merge_pseudo_labels`.
+For external probabilities ``"multiply"``: :func:`~cpseg.training.targets.multiply_probabilities`.
+"""
 
 
 @final
@@ -40,8 +45,9 @@ class Batch:
         labels: Their labels, 255 where unknown. int64 ``(L, H, W)``.
         weak: Unlabeled images, cropped but not distorted, normalized. float32 ``(U, 3, H, W)``.
         strong: The same crops with their colors distorted, as often as the stage asks.
-        external: External labels of the unlabeled crops, 255 where they abstain.
-            int64 ``(U, H, W)``.
+        external: External labels of the unlabeled crops, 255 where they abstain, int64
+            ``(U, H, W)``; or external probabilities, 0 in all classes where they abstain,
+            float32 ``(U, C, H, W)``.
         valid: Which pixels of the crops lie inside the image. bool ``(U, H, W)``.
     """
 
@@ -82,7 +88,8 @@ class Stage:
         steps: How long it lasts.
         source: Whose labels the unlabeled images have: nobody's (they are not loaded), external
             ones, the student's own, or those of the averaged teacher.
-        merge: How external labels join the student's or the teacher's own; None: not at all.
+        merge: How external labels join the student's or the teacher's own, or with
+            ``"multiply"`` external probabilities; None: not at all.
         threshold: From which confidence an own label is kept.
         labeled_weight: Weight of the labeled loss over the stage's progress.
         unlabeled_weight: Weight of the unlabeled loss over the stage's progress.
@@ -97,7 +104,7 @@ class Stage:
     name: str
     steps: int
     source: Literal["none", "external", "student", "teacher"] = "external"
-    merge: MergeMode | None = None
+    merge: Merge | None = None
     threshold: float = 0.0
     labeled_weight: Schedule = Constant(0.5)
     unlabeled_weight: Schedule = Constant(0.5)
@@ -117,9 +124,9 @@ class Stage:
             raise InputError(
                 f'merge must go with source "student" or "teacher"; got {self.source!r}'
             )
-        if self.merge not in (None, "replace", "prefer_external", "fill", "agree"):
+        if self.merge is not None and self.merge not in get_args(Merge):
             raise InputError(
-                'merge must be None, "replace", "prefer_external", "fill" or "agree"; '
+                'merge must be None, "replace", "prefer_external", "fill", "agree" or "multiply"; '
                 f"got {self.merge!r}"
             )
         if self.denominator not in ("kept", "valid", "all"):
@@ -137,7 +144,8 @@ class Targets:
     """What unlabeled images are to be.
 
     Attributes:
-        labels: A class at every pixel. int64 ``(U, H, W)``.
+        labels: A class at every pixel, int64 ``(U, H, W)``; or probabilities of classes, float32
+            ``(U, C, H, W)``, where external ones are trained on as they are.
         kept: Which pixels count. bool ``(U, H, W)``.
     """
 
@@ -226,14 +234,28 @@ class TwoStageObjective:
                 put in evaluation mode for that, and back.
             batch: The images and the external labels.
         """
+        own = stage.source in ("student", "teacher")
+        soft = batch.external.is_floating_point()
+        if own and stage.merge is not None and soft != (stage.merge == "multiply"):
+            raise InputError(
+                f"batch's external must be {'labels' if soft else 'probabilities'} for merge "
+                f"{stage.merge!r}; got {batch.external.dtype}"
+            )
+        if soft and not own:
+            return Targets(batch.external, (batch.external > 0).any(1) & batch.valid)
+        if stage.merge == "multiply":
+            labels, confidence = multiply_probabilities(
+                _own_logits(labeler, batch.weak), batch.external
+            )
+            return Targets(labels, (confidence >= stage.threshold) & batch.valid)
         external: Tensor | None = batch.external
-        mode: MergeMode = stage.merge or "replace"
-        if stage.source in ("student", "teacher"):
+        if own:
             labels, confidence = labeling(labeler, batch.weak)
             external = external if stage.merge else None
         else:
             labels = torch.zeros_like(batch.external)
             confidence = torch.zeros(labels.shape, device=labels.device)
+        mode = stage.merge or "replace"
         labels, confidence = merge_pseudo_labels(
             labels,
             confidence,
@@ -381,13 +403,17 @@ def labeling(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The most likely class, int64 ``(B, H, W)``, and its probability, float32 ``(B, H, W)``.
     """
+    logits = _own_logits(network, images)
+    best, labels = logits.max(1)
+    return labels, (best - logits.logsumexp(1)).exp()
+
+
+def _own_logits(network: nn.Module, images: Tensor) -> Tensor:
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
         with torch.no_grad():
-            logits = logits_of(network(images), (images.shape[2], images.shape[3])).float()
-            best, labels = logits.max(1)
-            return labels, (best - logits.logsumexp(1)).exp()
+            return logits_of(network(images), (images.shape[2], images.shape[3])).float()
     finally:
         for module, mode in modes:
             module.training = mode

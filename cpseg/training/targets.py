@@ -1,4 +1,4 @@
-"""Targets and their loss: the two functions that every training loop needs, ours and others.
+"""Targets and their loss: the functions that every training loop needs, ours and others.
 
 A target is a label and a confidence. Where a label was abstained from, the confidence is -1, so
 that no threshold, not even 0, keeps the pixel; and the label there is still a class, so that no
@@ -16,7 +16,13 @@ from cpseg import _checks
 from cpseg._tiles import upcast
 from cpseg.errors import InputError
 
-__all__ = ["Denominator", "MergeMode", "masked_cross_entropy", "merge_pseudo_labels"]
+__all__ = [
+    "Denominator",
+    "MergeMode",
+    "masked_cross_entropy",
+    "merge_pseudo_labels",
+    "multiply_probabilities",
+]
 
 MergeMode = Literal["replace", "prefer_external", "fill", "agree"]
 """How external labels meet a network's own; see :func:`merge_pseudo_labels`."""
@@ -97,6 +103,48 @@ def merge_pseudo_labels(
     return torch.where(take, label, labels), torch.where(take, 1.0, confidence)
 
 
+def multiply_probabilities(logits: Tensor, external: Tensor) -> tuple[Tensor, Tensor]:
+    """The class that a network and an annotator make most likely together.
+
+    Each class's probability is the product of the network's own and the external one, made to add
+    up to 1 again: where the external one is 0 the class is out, whatever the network says, and
+    where it is the same for all classes left the network alone chooses among them.
+
+    Guarantee:
+        None; a heuristic.
+
+    Args:
+        logits: The network's own. Floating ``(B, C, *S)``.
+        external: Probabilities, 0 in all classes where the annotator abstains. Floating, same
+            shape.
+
+    Returns:
+        Labels, int64 ``(B, *S)``, and their probabilities, float32 at least ``(B, *S)``: 0 and -1
+        where the annotator abstains or the logits are unusable.
+
+    Raises:
+        InputError: If shapes, dtypes or devices do not fit.
+
+    Examples:
+        >>> external = torch.tensor([[0.5, 0.5, 0.0], [0.9, 0.1, 0.0], [0.0, 0.0, 0.0]])
+        >>> logits = torch.tensor([[0.2, 0.3, 0.5]] * 3).log()
+        >>> multiply_probabilities(logits, external)
+        (tensor([1, 0, 0]), tensor([ 0.6000,  0.8571, -1.0000]))
+    """
+    _checks.check_logits(logits)
+    _checks.check_tensor("external", external)
+    if not external.is_floating_point():
+        raise InputError(f"external must be floating probabilities; got {external.dtype}")
+    _checks.check_map_shape("external", external, logits.shape, "logits")
+    _checks.check_device("external", external, logits, "logits")
+    values = upcast(logits)
+    joint = values.log_softmax(1) + external.to(values.dtype).log()
+    best, labels = joint.max(1)
+    confidence = (best - joint.logsumexp(1)).exp()
+    known = best.isfinite()
+    return torch.where(known, labels, 0), torch.where(known, confidence, -1.0)
+
+
 def masked_cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -118,7 +166,8 @@ def masked_cross_entropy(
     Args:
         logits: ``(B, C, *S)``; the loss is computed in float32 at least.
         labels: Classes, ``ignore_index`` where abstained, ``pad_index`` outside the image.
-            Shape ``(B, *S)``.
+            Shape ``(B, *S)``. Or probabilities, floating ``(B, C, *S)``, 0 in all classes where
+            abstained; with ``"valid"`` they need ``valid``.
         weight: Of each pixel, bool or floating, at least 0. Shape ``(B, *S)``.
         denominator: What the sum is divided by.
         valid: Which pixels lie inside the image, for ``"valid"``; None: those whose label is not
@@ -143,22 +192,27 @@ def masked_cross_entropy(
         tensor(0., grad_fn=<DivBackward0>)
     """
     _check_loss(logits, labels, (weight, valid), (ignore_index, pad_index), denominator)
-    kept = (labels != ignore_index) & (labels != pad_index)
+    values = upcast(logits)
+    soft = labels.is_floating_point()
+    kept = (labels > 0).any(1) if soft else (labels != ignore_index) & (labels != pad_index)
     if weight is not None:
         kept = kept & (weight > 0)
-    target = torch.where(kept, labels.long(), ignore_index)
-    values = upcast(logits)
-    if weight is None or weight.dtype == torch.bool:
-        total = functional.cross_entropy(values, target, ignore_index=ignore_index, reduction="sum")
+    if soft:
+        each = functional.cross_entropy(values, labels.to(values.dtype), reduction="none")
+        total = (each * torch.where(kept, 1 if weight is None else weight, 0)).sum()
     else:
-        each = functional.cross_entropy(values, target, ignore_index=ignore_index, reduction="none")
-        total = (each * torch.where(kept, weight, 0)).sum()
+        target = torch.where(kept, labels.long(), ignore_index)
+        whole = weight is None or weight.dtype == torch.bool
+        each = functional.cross_entropy(
+            values, target, ignore_index=ignore_index, reduction="sum" if whole else "none"
+        )
+        total = each if weight is None or whole else (each * torch.where(kept, weight, 0)).sum()
     if denominator == "kept":
         count = kept.sum()
     elif denominator == "valid":
         count = (valid if valid is not None else labels != pad_index).sum()
     else:
-        count = torch.tensor(labels.numel(), device=labels.device)
+        count = torch.tensor(kept.numel(), device=labels.device)
     count = count.to(total.dtype)
     if share is not None:
         count = share(count)
@@ -174,17 +228,28 @@ def _check_loss(
     denominator: str,
 ) -> None:
     _checks.check_logits(logits)
-    _checks.check_labels(labels, logits)
+    soft = labels.is_floating_point()
+    if soft:
+        _checks.check_map_shape("labels", labels, logits.shape, "logits")
+        _checks.check_device("labels", labels, logits, "logits")
+    else:
+        _checks.check_labels(labels, logits)
+    space = (logits.shape[0], *logits.shape[2:])
     for name, index in zip(("ignore_index", "pad_index"), indices, strict=True):
         if 0 <= index < logits.shape[1]:
             raise InputError(
                 f"{name} must lie outside the classes [0, {logits.shape[1]}); got {index}"
             )
     for name, value in zip(("weight", "valid"), maps, strict=True):
-        if value is not None and value.shape != labels.shape:
+        if value is not None and tuple(value.shape) != space:
             raise InputError(
-                f"{name} must have shape {_checks.describe(labels.shape)}; "
+                f"{name} must have shape {_checks.describe(space)}; "
                 f"got {_checks.describe(value.shape)}"
             )
     if denominator not in get_args(Denominator):
         raise InputError(f'denominator must be "kept", "valid" or "all"; got {denominator!r}')
+    if soft and denominator == "valid" and maps[1] is None:
+        raise InputError(
+            'valid must be given with probabilities and denominator "valid", for they do not say '
+            "what lies outside the image; got None"
+        )

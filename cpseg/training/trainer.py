@@ -392,10 +392,10 @@ class Trainer:
         with torch.no_grad():
             found = annotator(batch.weak)
         _checks.check_integers("annotator's labels", found)
-        if found.shape != batch.external.shape:
+        if found.shape != batch.valid.shape:
             raise InputError(
                 "annotator must return labels of shape "
-                f"{_checks.describe(batch.external.shape)}, one per pixel; "
+                f"{_checks.describe(batch.valid.shape)}, one per pixel; "
                 f"got {_checks.describe(found.shape)}"
             )
         found = found.long()

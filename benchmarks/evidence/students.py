@@ -1,0 +1,565 @@
+"""What an annotator's labels are worth to a student, by how they were filtered.
+
+The same small U-Net is trained on the labeled frames of a split and, in all arms but the first,
+on external labels of the other frames; ``ARMS`` says what an arm is, the constants below it what
+is the same for all. They were settled on seeds of 100 and more and on val; seeds 0 to 4 count.
+Every run is one row of a results file. A row that is there is never run again, a run that was cut
+goes on where it stopped, and several processes may work on one file.
+
+    python benchmarks/evidence/students.py --data PATH [--arms NAME ...] [--counts 46 ...]
+        [--seeds 0 1 2 3 4] [--hold-out VIDEO] [--minutes 50] [--jobs 2]
+    python benchmarks/evidence/students.py --table
+    python benchmarks/evidence/students.py --quick
+
+With ``--hold-out`` no frame of that video trains or calibrates, labeled or not, and its frames
+are tested beside val's. ``--quick`` is the whole way on synthetic shapes in little time, and its
+numbers mean nothing.
+"""
+
+import argparse
+import csv
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+from math import isnan, sqrt
+from pathlib import Path
+from shutil import rmtree, which
+from statistics import mean, stdev
+from tempfile import TemporaryDirectory
+
+import frames
+import torch
+from frames import Frames
+from scipy.stats import t as student_t
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, pad, pixel_unshuffle
+
+from cpseg import (
+    Argmax,
+    Calibration,
+    ClassConditionalCalibrator,
+    Singleton,
+    SplitCalibrator,
+)
+from cpseg.annotators import SyntheticAnnotator
+from cpseg.data import SyntheticShapes
+from cpseg.filters import SoftLabels
+from cpseg.metrics import MeanIoU, SelectiveAccuracy
+from cpseg.training import Stage, TrainConfig, Trainer, UNet
+from cpseg.training.batches import Normalize
+from cpseg.training.recipes import conformal_sam, self_training, supervised, unimatch_like
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "students.csv"
+WORK = HERE.parent.parent / "build" / "evidence-students"  # of runs that are not done
+COLUMNS = (
+    *("arm", "count", "seed", "size", "held_out", "steps", "commit", "miou"),
+    *("kept", "right", "miou_by_video", "iou_by_class"),
+)
+Key = tuple[str, ...]
+
+# The same for all arms. STEPS are the optimizer's, whatever a step sees.
+STEPS = 600
+LABELED, UNLABELED = 4, 4  # images a step
+LR, DECAY = 2e-3, 0.99  # of AdamW, falling to 0; of the averaged student, which is what is tested
+ALPHA = 0.1
+SQUARE, WIDTH, DEPTH = 2, 16, 3
+NORMALIZE = Normalize()
+
+
+class Student(nn.Module):
+    """The library's small U-Net on squares of two by two pixels, for the time that saves."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.net = UNet(classes, channels=3 * SQUARE**2, width=WIDTH, depth=DEPTH)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of images ``(B, 3, H, W)``, bilinear between the squares' centers."""
+        height, width = images.shape[2:]
+        whole = pad(images, (0, -width % SQUARE, 0, -height % SQUARE))
+        coarse = self.net(pixel_unshuffle(whole, SQUARE))
+        fine = interpolate(coarse, scale_factor=SQUARE, mode="bilinear")
+        return fine[..., :height, :width]
+
+
+# --- external labels ------------------------------------------------------------------------------
+
+Labels = Callable[[Frames, Frames], Tensor]  # labeled and unlabeled frames to labels of the latter
+
+
+def nothing(labeled: Frames, unlabeled: Frames) -> Tensor:
+    del labeled
+    return torch.full_like(unlabeled.labels, 255)
+
+
+def truth(labeled: Frames, unlabeled: Frames) -> Tensor:
+    del labeled
+    return unlabeled.labels
+
+
+def raw(labeled: Frames, unlabeled: Frames) -> Tensor:
+    del labeled
+    return unlabeled.logits.argmax(1)
+
+
+def right_only(labeled: Frames, unlabeled: Frames) -> Tensor:
+    del labeled
+    found = unlabeled.logits.argmax(1)
+    return torch.where(found == unlabeled.labels, found, 255)
+
+
+def by_class(labeled: Frames) -> Calibration:
+    calibrator = ClassConditionalCalibrator(len(labeled.classes))
+    return calibrator.update(labeled.logits, labeled.labels).compute(ALPHA)
+
+
+def pooled(labeled: Frames) -> Calibration:
+    return SplitCalibrator().update(labeled.logits, labeled.labels).compute(ALPHA)
+
+
+def filtered(
+    calibrate: Callable[[Frames], Calibration],
+    make: Callable[[Calibration], Callable[[Tensor], Tensor]],
+) -> Labels:
+    def labels(labeled: Frames, unlabeled: Frames) -> Tensor:
+        keep = make(calibrate(labeled))
+        return torch.cat([keep(logits[None]) for logits in unlabeled.logits])
+
+    return labels
+
+
+# --- the arms -------------------------------------------------------------------------------------
+
+Recipe = Callable[[int, int, tuple[int, int]], TrainConfig]  # classes, steps, crop
+
+
+def labels_only(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
+    return supervised(classes, steps=steps, crop=crop)
+
+
+def external(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
+    return conformal_sam(classes, external_steps=steps, self_steps=0, crop=crop)
+
+
+def then_self(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
+    last = steps // 4
+    return conformal_sam(
+        classes, external_steps=steps - last, self_steps=last, crop=crop, ema_decay=DECAY
+    )
+
+
+def then_joint(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
+    last = steps // 2
+    first = external(classes, steps - last, crop).stages
+    second = Stage(name="joint", steps=last, source="teacher", merge="multiply")
+    return TrainConfig(num_classes=classes, stages=(*first, second), crop=crop, ema_decay=DECAY)
+
+
+def self_trained(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
+    return self_training(
+        classes, warmup_steps=steps // 3, steps=steps - steps // 3, crop=crop, ema_decay=DECAY
+    )
+
+
+def weak_to_strong(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
+    return unimatch_like(classes, steps=steps, crop=crop, perturb=(f"net.down.{DEPTH - 1}",))
+
+
+def weak_to_strong_with_labels(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
+    config = weak_to_strong(classes, steps, crop)
+    return replace(config, stages=(replace(config.stages[0], merge="prefer_external"),))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """External labels, and how they are learned from."""
+
+    labels: Labels
+    recipe: Recipe
+
+
+# In the order in which they are run: those that matter most come first.
+ARMS = {
+    "labels only": Arm(nothing, labels_only),
+    "raw": Arm(raw, external),
+    "probabilities in the set": Arm(filtered(by_class, SoftLabels), external),
+    "probabilities in the set, then self-reliance": Arm(filtered(by_class, SoftLabels), then_self),
+    "probabilities in the set, then joint": Arm(filtered(by_class, SoftLabels), then_joint),
+    "argmax in the set, by class": Arm(filtered(by_class, Argmax), external),
+    "drop every wrong label": Arm(right_only, external),
+    "all true labels": Arm(truth, external),
+    "singletons, by class": Arm(filtered(by_class, Singleton), external),
+    "argmax in the set, pooled": Arm(filtered(pooled, Argmax), external),
+    "singletons, pooled": Arm(filtered(pooled, Singleton), external),
+    "argmax in the set, by class, then self-reliance": Arm(filtered(by_class, Argmax), then_self),
+    "self-training alone": Arm(nothing, self_trained),
+    "weak to strong": Arm(nothing, weak_to_strong),
+    "weak to strong with argmax in the set": Arm(
+        filtered(by_class, Argmax), weak_to_strong_with_labels
+    ),
+}
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """One student to be trained: what it is called in the results, and what it learns from."""
+
+    arm: str
+    count: int
+    seed: int
+    held_out: str
+
+    def key(self, size: str) -> Key:
+        return (self.arm, str(self.count), str(self.seed), size, self.held_out)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Who trains and who tests."""
+
+    labeled: Frames
+    unlabeled: Frames
+    test: Frames
+
+    @property
+    def size(self) -> str:
+        height, width = self.test.labels.shape[1:]
+        return f"{height}x{width}"
+
+
+def config_of(arm: Arm, split: Split, steps: int, seed: int) -> TrainConfig:
+    """An arm's recipe with what is the same for all."""
+    height, width = split.test.labels.shape[1:]
+    return replace(
+        arm.recipe(len(split.test.classes), steps, (height, width)),
+        scale=(1.0, 1.0),
+        labeled_batch=LABELED,
+        unlabeled_batch=UNLABELED,
+        optimizer="adamw",
+        lr=LR,
+        clip=1.0,
+        ema_decay=DECAY,
+        save_every=200,
+        log_every=100,
+        bar=False,
+        seed=seed,
+        head_multiplier=1.0,
+    )
+
+
+def split_of(train: Frames, val: Frames, labeled: list[int], held_out: str) -> Split:
+    """The frames of a count; those of a held-out video are tested and never trained on."""
+    away = [index for index, video in enumerate(train.videos) if video == held_out]
+    if held_out and not away:
+        raise SystemExit(f"--hold-out must name a video of {sorted(set(train.videos))}")
+    chosen, gone = set(labeled), set(away)
+    others = [index for index in range(len(train)) if index not in chosen | gone]
+    new = train[away]
+    test = replace(
+        val,
+        names=val.names + new.names,
+        images=torch.cat((val.images, new.images)),
+        logits=torch.cat((val.logits, new.logits)),
+        labels=torch.cat((val.labels, new.labels)),
+    )
+    return Split(train[[index for index in labeled if index not in gone]], train[others], test)
+
+
+def pairs(of: Frames, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(of.images, labels, strict=True))
+
+
+def train(
+    task: Task, split: Split, steps: int, directory: Path, until: float
+) -> tuple[nn.Module, Tensor] | None:
+    """A task's student, trained to the end, and its external labels; None if the time was up."""
+    arm = ARMS[task.arm]
+    external = arm.labels(split.labeled, split.unlabeled)
+    torch.manual_seed(task.seed)
+    classes = len(split.test.classes)
+    trainer = Trainer(
+        Student(classes).to(memory_format=torch.channels_last),
+        config_of(arm, split, steps, task.seed),
+        labeled=pairs(split.labeled, split.labeled.labels),
+        unlabeled=pairs(split.unlabeled, external),
+        directory=directory,
+        device=torch.device("cpu"),
+    )
+    for step in trainer.steps(resume=True):
+        if time.monotonic() > until and step.number < trainer.objective.steps:
+            trainer.save()
+            return None
+    return trainer.learner.evaluated, external
+
+
+def row_of(
+    task: Task, split: Split, steps: int, student: torch.nn.Module, external: Tensor
+) -> dict[str, str]:
+    """What is kept of a run."""
+    classes, videos = len(split.test.classes), split.test.videos
+    overall = MeanIoU(classes)
+    by_video = {video: MeanIoU(classes) for video in sorted(set(videos))}
+    with torch.no_grad():
+        for image, label, video in zip(split.test.images, split.test.labels, videos, strict=True):
+            found = student(NORMALIZE(image[None].float() / 255)).argmax(1)
+            by_video[video].update(found, label[None])
+            if video != task.held_out:
+                overall.update(found, label[None])
+    iou = overall.compute(resamples=1)
+    quality = SelectiveAccuracy(classes)
+    quality.update(hard(external), split.unlabeled.labels)
+    labels = quality.compute(resamples=1)
+    videos_iou = {video: round(_miou(metric), 4) for video, metric in by_video.items()}
+    per_class = iou.classes.mean_of_pixels.value.tolist()
+    return dict(zip(COLUMNS, task.key(split.size), strict=False)) | {
+        "steps": str(steps),
+        "commit": commit(),
+        "miou": f"{_miou(overall):.4f}",
+        "kept": f"{float(labels.kept.mean_of_pixels.value):.4f}",
+        "right": f"{float(labels.accuracy_of_kept.mean_of_pixels.value):.4f}",
+        "miou_by_video": json.dumps(videos_iou),
+        "iou_by_class": json.dumps(
+            {
+                n: None if isnan(v) else round(v, 3)
+                for n, v in zip(split.test.classes, per_class, strict=True)
+            }
+        ),
+    }
+
+
+def hard(external: Tensor) -> Tensor:
+    """External labels, or the most likely class of external probabilities."""
+    if not external.is_floating_point():
+        return external
+    best, found = external.max(1)
+    return torch.where(best > 0, found, 255)
+
+
+def _miou(metric: MeanIoU) -> float:
+    return float(metric.compute(resamples=1).mean_of_labelled_classes.value)
+
+
+@cache
+def commit() -> str:
+    """The commit that this process started from, with a plus if the code is not quite that."""
+    git = [which("git") or "git", "-C", str(HERE)]
+    code = ["--", str(HERE.parent.parent / "cpseg"), str(HERE)]
+    found = subprocess.run(
+        [*git, "rev-parse", "--short=9", "HEAD"], check=False, capture_output=True, text=True
+    )
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", *code], check=False, capture_output=True, text=True
+    )
+    files = [line for line in changed.stdout.splitlines() if line.endswith(".py")]
+    return (found.stdout.strip() or "unknown") + ("+" if files else "")
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[bool]:
+    """Whether this process alone holds a file for the while; one that dies lets go of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def rows_of(results: Path) -> dict[Key, dict[str, str]]:
+    """The rows of a results file by what was run."""
+    if not results.exists():
+        return {}
+    with results.open(newline="", encoding="utf-8") as file:
+        return {tuple(row[c] for c in COLUMNS[:5]): row for row in csv.DictReader(file)}
+
+
+def append(results: Path, row: dict[str, str]) -> None:
+    """Add a row; alone with the file for the while."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a", newline="", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if results.stat().st_size == 0:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def run(
+    tasks: list[Task],
+    splits: Callable[[int, str], Split],
+    results: Path,
+    *,
+    work: Path,
+    steps: int,
+    minutes: float,
+) -> None:
+    """Train what is not in the results yet, in order, until the time is up."""
+    commit()
+    until = time.monotonic() + 60 * minutes
+    for task in tasks:
+        split = splits(task.count, task.held_out)
+        key = task.key(split.size)
+        place = work / "-".join(key).replace(" ", "_")
+        with alone(work / f"{place.name}.lock") as ours:
+            if not ours or key in rows_of(results):
+                continue
+            done = train(task, split, steps, place, until)
+            if done is None:
+                return
+            row = row_of(task, split, steps, *done)
+            append(results, row)
+            rmtree(place)
+            print(row["miou"], *key, flush=True)
+        if time.monotonic() > until:
+            return
+
+
+def interval(values: list[float]) -> str:
+    """Mean and 95 % t-interval of paired differences, in points."""
+    if len(values) < 2:
+        return f"{100 * values[0]:+.1f}" if values else ""
+    half = float(student_t.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
+    middle = mean(values)
+    return f"{100 * middle:+.1f} [{100 * (middle - half):+.1f}, {100 * (middle + half):+.1f}]"
+
+
+def table(results: Path) -> str:
+    """Mean and spread of each arm, and its paired differences over the seeds two arms share."""
+    found: dict[tuple[str, str, str], dict[str, dict[str, dict[str, str]]]] = {}
+    for (arm, count, seed, size, held_out), row in rows_of(results).items():
+        group = found.setdefault((count, size, held_out), {})
+        group.setdefault(arm, {})[seed] = row
+    lines: list[str] = []
+    for (count, size, held_out), arms in sorted(found.items()):
+        tested = sorted(
+            {
+                v
+                for rows in arms.values()
+                for row in rows.values()
+                for v in json.loads(row["miou_by_video"])
+            }
+        )
+        for video in [held_out] if held_out else tested:
+            lines += [
+                f"{count} labeled frames, {size}, tested on {video}"
+                + (", of which no frame trains" if held_out else ""),
+                "",
+                "| arm | kept | right | seeds | mIoU | sd | minus labels only | minus raw |",
+                "|---|---|---|---|---|---|---|---|",
+            ]
+            score = {
+                arm: {s: float(json.loads(row["miou_by_video"])[video]) for s, row in rows.items()}
+                for arm, rows in arms.items()
+            }
+            for arm in sorted(arms, key=list(ARMS).index):
+                values, any_row = score[arm], next(iter(arms[arm].values()))
+                cells = [arm, any_row["kept"], any_row["right"], str(len(values))]
+                cells.append(f"{100 * mean(values.values()):.1f}")
+                cells.append(f"{100 * stdev(values.values()):.1f}" if len(values) > 1 else "")
+                for other in ("labels only", "raw"):
+                    pairs = [
+                        values[s] - score[other][s] for s in values if s in score.get(other, {})
+                    ]
+                    cells.append("" if arm == other else interval(pairs))
+                lines.append(f"| {' | '.join(cells)} |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+# --- the synthetic run ----------------------------------------------------------------------------
+
+
+def shapes(length: int, seed: int, video: str) -> Frames:
+    """Frames of shapes, annotated with errors."""
+    pictures = list(SyntheticShapes(length=length, size=(32, 32), seed=seed))
+    labels = torch.stack([label for _, label in pictures]).long()
+    classes = list(SyntheticShapes.classes)
+    annotator = SyntheticAnnotator(num_classes=len(classes), error_rate=0.2, seed=1)
+    return Frames(
+        [f"{video}_{index}" for index in range(length)],
+        classes,
+        torch.stack([image for image, _ in pictures]),
+        annotator(labels, seeds=range(length)),
+        labels,
+    )
+
+
+def quick(arms: Iterable[str], steps: int, seeds: Iterable[int], folder: Path) -> str:
+    """Everything on shapes, cut once on the way: the table."""
+    train_frames, val = shapes(40, 2, "train0"), shapes(12, 3, "valid0")
+    tasks = [Task(arm, 20, seed, "") for arm in arms for seed in seeds]
+
+    @cache
+    def splits(count: int, held_out: str) -> Split:
+        return split_of(train_frames, val, list(range(count)), held_out)
+
+    results = folder / "students.csv"
+    run(tasks, splits, results, work=folder / "work", steps=steps, minutes=0)
+    run(tasks, splits, results, work=folder / "work", steps=steps, minutes=60)
+    return table(results)
+
+
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="NAME")
+    parser.add_argument("--counts", nargs="+", type=int, default=[46])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--hold-out", default="", metavar="VIDEO")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument("--minutes", type=float, default=50)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args(words)
+    torch.set_num_threads(1)
+    if given.quick:
+        with TemporaryDirectory() as folder:
+            print(quick(ARMS, 60, (0, 1), Path(folder)))
+        return
+    if given.table:
+        print(table(given.results))
+        return
+    if given.data is None:
+        parser.error("--data must name the folder of frames, unless --quick or --table is given")
+    train_frames, val = (frames.load(given.data, part) for part in ("train", "val"))
+
+    @cache
+    def splits(count: int, held_out: str) -> Split:
+        labeled = frames.labeled(given.data, count, train_frames)
+        return split_of(train_frames, val, labeled, held_out)
+
+    tasks = [
+        Task(arm, count, seed, given.hold_out)
+        for count, seed, arm in product(given.counts, given.seeds, given.arms)
+    ]
+    others: list[int] = []
+    for _ in range(given.jobs - 1):  # they share the frames in memory
+        others.append(os.fork())
+        if not others[-1]:
+            others = []
+            break
+    run(tasks, splits, given.results, work=given.work, steps=STEPS, minutes=given.minutes)
+    for process in others:
+        os.waitpid(process, 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

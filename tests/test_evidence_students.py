@@ -1,0 +1,136 @@
+"""The students' benchmark on shapes: rows, resuming, splits and intervals, by hand."""
+
+import csv
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+import torch
+
+EVIDENCE = Path(__file__).parents[1] / "benchmarks" / "evidence"
+ARMS = ["labels only", "raw", "probabilities in the set, then joint"]
+
+
+@pytest.fixture
+def students(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module."""
+    monkeypatch.syspath_prepend(EVIDENCE)
+    import students as script  # type: ignore[import-not-found]  # noqa: PLC0415
+
+    return script
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_says_what_the_rows_say(students: Any, tmp_path: Path) -> None:
+    text = students.quick(ARMS, 4, (0, 1), tmp_path)
+    rows = rows_of(tmp_path / "students.csv")
+    assert [(row["arm"], row["seed"]) for row in rows] == [(a, s) for a in ARMS for s in "01"]
+    for row in rows:
+        assert json.loads(row["miou_by_video"]) == {"valid0": float(row["miou"])}
+        of_class = [
+            value for value in json.loads(row["iou_by_class"]).values() if value is not None
+        ]
+        assert float(row["miou"]) == pytest.approx(mean(of_class), abs=1e-3)
+        assert float(row["kept"]) == (
+            0 if row["arm"] == "labels only" else pytest.approx(1, abs=0.2)
+        )
+    first, other = ([float(r["miou"]) for r in rows if r["arm"] == arm] for arm in ARMS[:2])
+    assert f"| raw | 1.0000 | {rows[2]['right']} | 2 | {100 * mean(other):.1f} |" in text
+    assert f"| {100 * (mean(other) - mean(first)):+.1f} [" in text
+    assert not list((tmp_path / "work").glob("*/"))  # checkpoints of runs that ended are gone
+
+
+def test_a_row_is_never_run_again(students: Any, tmp_path: Path) -> None:
+    students.quick(ARMS[:1], 3, (0,), tmp_path)
+    before = rows_of(tmp_path / "students.csv")
+    students.quick(ARMS[:1], 3, (0, 1), tmp_path)
+    after = rows_of(tmp_path / "students.csv")
+    assert after[0] == before[0]
+    assert [row["seed"] for row in after] == ["0", "1"]
+
+
+def test_a_run_that_was_cut_ends_as_one_that_was_not(students: Any, tmp_path: Path) -> None:
+    frames, val = students.shapes(20, 2, "train0"), students.shapes(4, 3, "valid0")
+    split = students.split_of(frames, val, list(range(12)), "")
+    task = students.Task("raw", 12, 0, "")
+    whole, _ = students.train(task, split, 5, tmp_path / "whole", float("inf"))
+    parts = [students.train(task, split, 5, tmp_path / "cut", 0.0) for _ in range(5)]
+    assert parts[:4] == [None] * 4  # a step each
+    for a, b in zip(whole.parameters(), parts[4][0].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_run_of_another_process_is_left_alone(students: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    with students.alone(path) as first, students.alone(path) as second:
+        assert (first, second) == (True, False)
+    with students.alone(path) as again:
+        assert again
+
+
+def test_a_held_out_video_is_tested_and_never_trained_on(students: Any) -> None:
+    old, new = students.shapes(6, 2, "train0"), students.shapes(4, 5, "train1")
+    both = students.Frames(
+        old.names + new.names,
+        old.classes,
+        *(
+            torch.cat((getattr(old, part), getattr(new, part)))
+            for part in ("images", "logits", "labels")
+        ),
+    )
+    val = students.shapes(3, 3, "valid0")
+    split = students.split_of(both, val, [0, 1, 7], "train1")
+    assert split.labeled.videos == ["train0"] * 2
+    assert split.unlabeled.videos == ["train0"] * 4
+    assert split.test.videos == ["valid0"] * 3 + ["train1"] * 4
+    whole = students.split_of(both, val, [0, 1, 7], "")
+    assert (len(whole.labeled), len(whole.unlabeled), len(whole.test)) == (3, 7, 3)
+    with pytest.raises(SystemExit, match="--hold-out must name a video"):
+        students.split_of(both, val, [0], "train2")
+
+
+def test_a_rows_miou_leaves_the_held_out_video_to_its_own_column(students: Any) -> None:
+    class Sure(torch.nn.Module):
+        """Says class 0 on dark images, and on others class 1."""
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            light = images.mean((1, 2, 3)) > 0
+            logits = torch.zeros(len(images), 2, *images.shape[2:])
+            logits[:, 1] = light[:, None, None] * 2.0 - 1
+            return logits
+
+    def some(video: str, value: int, label: int) -> Any:
+        return students.Frames(
+            [f"{video}_0"],
+            ["a", "b"],
+            torch.full((1, 3, 4, 4), value, dtype=torch.uint8),
+            torch.zeros(1, 2, 4, 4),
+            torch.full((1, 4, 4), label),
+        )
+
+    old, new = some("train0", 0, 0), some("train1", 255, 0)
+    both = students.Frames(
+        old.names * 2 + new.names,
+        old.classes,
+        torch.cat((old.images, old.images, new.images)),
+        torch.cat((old.logits, old.logits, new.logits)),
+        torch.cat((old.labels, old.labels, new.labels)),
+    )
+    split = students.split_of(both, some("valid0", 0, 0), [0], "train1")
+    task = students.Task("raw", 1, 0, "train1")
+    row = students.row_of(task, split, 5, Sure(), torch.zeros(1, 4, 4, dtype=torch.int64))
+    assert row["miou"] == "1.0000"
+    assert json.loads(row["miou_by_video"]) == {"train1": 0.0, "valid0": 1.0}
+
+
+def test_intervals_are_students(students: Any) -> None:
+    # mean .02, standard deviation .01, t(.975, 2) = 4.3027: half a width of 2.48 points
+    assert students.interval([0.01, 0.02, 0.03]) == "+2.0 [-0.5, +4.5]"
+    assert students.interval([0.012]) == "+1.2"
+    assert students.interval([]) == ""
