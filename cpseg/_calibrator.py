@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
+from cpseg._classes import at_class, in_parts
 from cpseg.accumulate import (
     Evidence,
     Exact,
@@ -30,7 +31,7 @@ from cpseg.calibration import Calibration, call_of, describe_score, score_from_d
 from cpseg.errors import CpsegError, InputError, StateError
 from cpseg.protocols import Score
 from cpseg.quantile import MAX_UNITS, UNIT_MASS, Level, budget, level
-from cpseg.scores import ColumnScore, at_class, score_columns
+from cpseg.scores import ColumnScore, score_columns
 
 Unit = Literal["image", "pixel"]
 Store = Literal["histogram", "exact"]
@@ -672,7 +673,7 @@ class _Scored:
         own = torch.where(scores.isnan(), _UNUSABLE, own)
         missing = torch.where(labels == self.ignore_index, _IGNORED, _UNKNOWN)
         own = torch.where(known, own, missing)
-        return own, *others, data_mark(clean, at_class(x, clean))
+        return own, *others, data_mark(clean, at_class(in_parts(x), clean))
 
 
 def data_mark(labels: Tensor, logits: Tensor) -> Tensor:

@@ -21,6 +21,18 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
+from cpseg._classes import (
+    Parts,
+    aligned,
+    at_class,
+    class_index,
+    how_many,
+    in_parts,
+    joined,
+    largest,
+    summed,
+    top_class,
+)
 from cpseg._tiles import Columns, upcast, walk, whole
 from cpseg.errors import InputError
 from cpseg.protocols import Score
@@ -75,14 +87,18 @@ class LAC:
 
     def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
+        return joined(self.parts(x, position))
+
+    def parts(self, x: Tensor, position: Tensor, /) -> Parts:
+        """As :meth:`columns`, in the parts that a block is worked on in."""
         del position
-        odds, total = _softmax(x)
-        return 1 - odds / total
+        odds, total = _softmax(in_parts(x))
+        return [1 - part / total for part in odds]
 
     def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         del position
-        odds, total = _softmax(x)
+        odds, total = _softmax(in_parts(x))
         return 1 - at_class(odds, labels) / total
 
 
@@ -131,15 +147,17 @@ class APS:
 
     def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
-        odds, total = _softmax(x)
+        (odds,), total = _softmax((x,))
         cumulative = _cumulative(x, odds)
         return _adaptive(cumulative, odds, total, _draws(self, position, odds))
 
     def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
-        odds, total = _softmax(x)
-        cumulative = (odds * _at_least(x, labels)).sum(0)
-        return _adaptive(cumulative, at_class(odds, labels), total, _draws(self, position, odds))
+        parts = in_parts(x)
+        odds, total = _softmax(parts)
+        cumulative = _sum_where(_at_least(parts, labels), odds)
+        own = at_class(odds, labels)
+        return _adaptive(cumulative, own, total, _draws(self, position, own))
 
 
 @final
@@ -195,17 +213,18 @@ class RAPS:
 
     def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
-        odds, total = _softmax(x)
+        (odds,), total = _softmax((x,))
         cumulative, rank = _cumulative(x, odds), _ranks(x)
         return _adaptive(cumulative, odds, total, _draws(self, position, odds)) + self._cost(rank)
 
     def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
-        odds, total = _softmax(x)
-        ahead = _at_least(x, labels)
-        own, cumulative = at_class(odds, labels), (odds * ahead).sum(0)
-        score = _adaptive(cumulative, own, total, _draws(self, position, odds))
-        return score + self._cost(ahead.sum(0))
+        parts = in_parts(x)
+        odds, total = _softmax(parts)
+        ahead = _at_least(parts, labels)
+        own, cumulative = at_class(odds, labels), _sum_where(ahead, odds)
+        score = _adaptive(cumulative, own, total, _draws(self, position, own))
+        return score + self._cost(how_many(ahead))
 
     def _cost(self, rank: Tensor) -> Tensor:
         return self.penalty * (rank - self.k_reg).clamp(min=0)
@@ -262,14 +281,15 @@ class SAPS:
 
     def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
-        _, total = _softmax(x)
+        _, total = _softmax((x,))
         rank = _ranks(x)
         return self._score(rank, 1 / total, position)
 
     def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
-        _, total = _softmax(x)
-        return self._score(_at_least(x, labels).sum(0), 1 / total, position)
+        parts = in_parts(x)
+        _, total = _softmax(parts)
+        return self._score(how_many(_at_least(parts, labels)), 1 / total, position)
 
     def _score(self, rank: Tensor, top: Tensor, position: Tensor) -> Tensor:
         if not self.randomized:
@@ -315,16 +335,17 @@ class Margin:
     def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
         del position
-        odds, total = _softmax(x)
-        is_top = class_index(x) == top_class(x)
+        (odds,), total = _softmax((x,))
+        is_top = class_index((x,))[0] == top_class((x,))
         second = torch.where(is_top, 0.0, odds).amax(0)  # 0 where there is no other class
         return (torch.where(is_top, second, odds.amax(0)) - odds) / total
 
     def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         del position
-        odds, total = _softmax(x)
-        rival = torch.where(class_index(x) == labels, 0.0, odds).amax(0)
+        odds, total = _softmax(in_parts(x))
+        pairs = zip(class_index(odds), odds, strict=True)
+        rival = largest([torch.where(index == labels, 0.0, part) for index, part in pairs])
         return (rival - at_class(odds, labels)) / total
 
 
@@ -376,13 +397,13 @@ class TopK:
 
     def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
-        return self._score(x, _at_least(x, labels).sum(0), position)
+        return self._score(x, how_many(_at_least(in_parts(x), labels)), position)
 
     def _score(self, x: Tensor, rank: Tensor, position: Tensor) -> Tensor:
         score = rank.to(x.dtype)
         if self.randomized:
             score = score - uniform(self.seed, position).to(x.dtype)
-        return torch.where(x.amax(0).isfinite(), score, torch.nan)
+        return torch.where(largest(in_parts(x)).isfinite(), score, torch.nan)
 
 
 def logits_from_probabilities(probabilities: Tensor) -> Tensor:
@@ -483,35 +504,35 @@ def _mix_key(h: int) -> int:
 # --- columns: x is (C, N), labels (N,) -----------------------------------------------------------
 
 
-def _softmax(x: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax(parts: Parts) -> tuple[Parts, Tensor]:
     """``exp(x - max)`` and its sum: probabilities are their quotient. NaN where x is unusable."""
-    odds = (x - x.amax(0)).exp()
-    return odds, odds.sum(0)
+    most = largest(parts)
+    odds = [(part - most).exp() for part in parts]
+    return odds, summed(odds)
 
 
 def _softmax_tolerance(num_classes: int) -> float:
     return (2 * num_classes + 16) * _ULP
 
 
-def class_index(x: Tensor) -> Tensor:
-    """The class of each row of a block ``(C, N)``. int64 ``(C, 1)``."""
-    return torch.arange(x.shape[0], device=x.device)[:, None]
+def scores_in_parts(score: "ColumnScore", x: Tensor, position: Tensor) -> Parts:
+    """Scores of all classes of a block ``(C, N)``, in the parts of :func:`in_parts`."""
+    if isinstance(score, LAC):
+        return score.parts(x, position)
+    return aligned(score.columns(x, position), in_parts(x))
 
 
-def at_class(values: Tensor, labels: Tensor) -> Tensor:
-    """Each pixel's value of its label. ``(C, N)`` and ``(N,)`` to ``(N,)``."""
-    if torch.compiler.is_compiling():  # a sum over classes is vectorised, an index is not
-        own = class_index(values) == labels
-        if values.dtype == torch.bool:
-            return any_class(own & values)
-        return torch.where(own, values, 0).sum(0)
-    return values.gather(0, labels[None])[0]
+def _at_least(parts: Parts, labels: Tensor) -> Parts:
+    """The classes that rank no later than the label, itself included. Bool."""
+    own = at_class(parts, labels)
+    return [
+        (part > own) | ((part == own) & (index <= labels))
+        for part, index in zip(parts, class_index(parts), strict=True)
+    ]
 
 
-def _at_least(x: Tensor, labels: Tensor) -> Tensor:
-    """The classes that rank no later than the label, itself included. Bool ``(C, N)``."""
-    own = at_class(x, labels)
-    return (x > own) | ((x == own) & (class_index(x) <= labels))
+def _sum_where(masks: Parts, values: Parts) -> Tensor:
+    return summed([part * mask for part, mask in zip(values, masks, strict=True)])
 
 
 def _cumulative(x: Tensor, odds: Tensor) -> Tensor:
@@ -546,7 +567,7 @@ _PAIRS = 64
 def _pairs(x: Tensor) -> Iterator[Tensor]:
     """For each class, those that rank no later than it, itself included. Bool ``(C, N)``."""
     for c, own in enumerate(x.unbind()):
-        yield (x > own) | ((x == own) & (class_index(x).int() <= c))
+        yield (x > own) | ((x == own) & (class_index((x,))[0].int() <= c))
 
 
 def _pairs_in_place(x: Tensor) -> Iterator[Tensor]:
@@ -562,37 +583,6 @@ def _pairs_in_place(x: Tensor) -> Iterator[Tensor]:
 def _order(x: Tensor) -> Tensor:
     """Classes from the largest logit down, equal ones by index. int64 ``(N, C)``."""
     return x.t().contiguous().argsort(dim=1, descending=True, stable=True)
-
-
-def first_class(mask: Tensor) -> Tensor:
-    """The first class that is marked, 0 where none is. Bool ``(C, N)`` to integers ``(N,)``.
-
-    What ``argmax(0)`` does, an order of magnitude faster: along an axis that is not the last,
-    torch vectorises a maximum but not its index.
-    """
-    classes = len(mask)
-    if torch.compiler.is_compiling():
-        first = torch.where(mask, class_index(mask).int(), classes).amin(0)
-        return torch.where(first < classes, first, 0)
-    dtype = torch.uint8 if classes <= 255 else torch.int32
-    countdown = torch.arange(classes, 0, -1, dtype=dtype, device=mask.device)
-    left = (mask * countdown[:, None]).amax(0).long()
-    return (classes - left) * (left > 0)
-
-
-def any_class(mask: Tensor) -> Tensor:
-    """Whether any class is marked. Bool ``(C, N)`` to bool ``(N,)``.
-
-    As :func:`first_class`, in the form that is vectorised: floats in a kernel, bytes without.
-    """
-    if torch.compiler.is_compiling():
-        return torch.where(mask, 1.0, 0.0).amax(0) > 0
-    return mask.view(torch.uint8).amax(0) > 0
-
-
-def top_class(x: Tensor) -> Tensor:
-    """The class with the largest logit, the first of equals; 0 where a logit is NaN. ``(N,)``."""
-    return first_class(x == x.amax(0))
 
 
 def _settle(score: APS | RAPS | SAPS | TopK) -> None:
