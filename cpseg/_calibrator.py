@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
-from cpseg._classes import at_class, in_parts
+from cpseg._classes import Parts, at_class, num_classes
 from cpseg.accumulate import (
     Evidence,
     Exact,
@@ -30,7 +30,7 @@ from cpseg.calibration import Calibration, call_of, describe_score, score_from_d
 from cpseg.errors import CpsegError, InputError, StateError
 from cpseg.protocols import Score
 from cpseg.quantile import MAX_UNITS, UNIT_MASS, Level, budget, level
-from cpseg.scores import ColumnScore, score_columns
+from cpseg.scores import ColumnScore, label_scores_in_parts, score_columns
 
 Unit = Literal["image", "pixel"]
 Store = Literal["histogram", "exact"]
@@ -676,20 +676,21 @@ class _Scored:
     scales: tuple[HistogramScale | ExactScale, ...]
     ignore_index: int
 
-    def __call__(self, x: Tensor, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, x: Parts, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
         labels = beside[0][0]
-        known = (labels >= 0) & (labels < len(x))
+        classes = num_classes(x)
+        known = (labels >= 0) & (labels < classes)
         clean = labels * known
-        scores = upward(self.score.label_columns(x, position, clean))
+        scores = upward(label_scores_in_parts(self.score, x, position, clean))
         code = torch.where(self.scales[0].fits(scores), -1, _BEYOND)
         code = torch.where(scores.isnan(), _UNUSABLE, code)
         missing = torch.where(labels == self.ignore_index, _IGNORED, _UNKNOWN)
         code = torch.where(known, code, missing)
         counts = code < 0
         cells = [torch.where(counts, s.cells(scores), s.num_cells) for s in self.scales]
-        place = torch.where(counts, clean, code + len(x))
-        small = len(x) + len(_CODES) <= 256
-        mark = torch.where(counts, data_mark(clean, at_class(in_parts(x), clean)), 0)
+        place = torch.where(counts, clean, code + classes)
+        small = classes + len(_CODES) <= 256
+        mark = torch.where(counts, data_mark(clean, at_class(x, clean)), 0)
         return *cells, place.to(torch.uint8 if small else torch.int32), mark
 
 

@@ -24,21 +24,23 @@ __all__ = [
     "in_parts",
     "joined",
     "largest",
-    "top_class",
+    "num_classes",
     "summed",
+    "top_class",
 ]
 
 Parts = Sequence[Tensor]
 """The classes of a block in order, ``(K, N)`` each."""
 
-_UNROLLED = 32  # classes up to which a kernel takes each for itself
+
+def in_parts(x: Tensor | Parts) -> Parts:
+    """A block as parts: a tensor ``(C, N)`` is one."""
+    return (x,) if isinstance(x, Tensor) else x
 
 
-def in_parts(x: Tensor) -> Parts:
-    """A block ``(C, N)`` in the parts that it is worked on in."""
-    if torch.compiler.is_dynamo_compiling() and len(x) <= _UNROLLED:
-        return x.split(1)
-    return (x,)
+def num_classes(parts: Parts) -> int:
+    """C."""
+    return sum(len(part) for part in parts)
 
 
 def aligned(values: Tensor, parts: Parts) -> Parts:
@@ -52,9 +54,9 @@ def joined(parts: Parts) -> Tensor:
 
 
 def class_index(parts: Parts) -> Parts:
-    """The class of each row, int64 ``(K, 1)``."""
-    count = sum(len(part) for part in parts)
-    return aligned(torch.arange(count, device=parts[0].device)[:, None], parts)
+    """The class of each row, int32 ``(K, 1)``."""
+    classes = torch.arange(num_classes(parts), dtype=torch.int32, device=parts[0].device)
+    return aligned(classes[:, None], parts)
 
 
 def largest(parts: Parts) -> Tensor:
@@ -77,7 +79,8 @@ def at_class(values: Parts, labels: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         return joined(values).gather(0, labels[None])[0]
     # In a kernel, a sum over classes is vectorised and an index is not.
-    own = [index == labels for index in class_index(values)]
+    narrow = labels.int()
+    own = [index == narrow for index in class_index(values)]
     if values[0].dtype == torch.bool:
         return any_class([mask & part for mask, part in zip(own, values, strict=True)])
     return summed([torch.where(mask, part, 0) for mask, part in zip(own, values, strict=True)])
@@ -89,11 +92,11 @@ def first_class(masks: Parts) -> Tensor:
     What ``argmax(0)`` does, an order of magnitude faster: along an axis that is not the last,
     torch vectorises a maximum but not its index.
     """
-    classes = sum(len(mask) for mask in masks)
+    classes = num_classes(masks)
     if torch.compiler.is_compiling():
         indices = class_index(masks)
         marked = zip(masks, indices, strict=True)
-        firsts = [torch.where(mask, index.int(), classes).amin(0) for mask, index in marked]
+        firsts = [torch.where(mask, index, classes).amin(0) for mask, index in marked]
         first = reduce(torch.minimum, firsts)
         return torch.where(first < classes, first, 0)
     dtype = torch.uint8 if classes <= 255 else torch.int32
@@ -130,4 +133,3 @@ def best_of(parts: Parts, choice: Parts) -> Tensor:
     best = largest([torch.where(chosen, part, -torch.inf) for part, chosen in pairs])
     # A choice may have logit -inf, and must still win.
     return first_class([(part == best) & chosen for part, chosen in pairs])
-

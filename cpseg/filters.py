@@ -29,15 +29,15 @@ from cpseg._classes import (
     best_of,
     class_index,
     how_many,
-    in_parts,
     largest,
+    num_classes,
     top_class,
 )
 from cpseg._tiles import Columns, walk
 from cpseg.calibration import Calibration
 from cpseg.errors import InputError
 from cpseg.predictors import check_calibration, limit_of, run
-from cpseg.scores import ColumnScore, scores_in_parts
+from cpseg.scores import ColumnScore, label_scores_in_parts, scores_in_parts
 
 __all__ = [
     "AreaGuard",
@@ -481,7 +481,7 @@ class _ForegroundFirst:
     def proposed(self, parts: Parts) -> tuple[Tensor, ...]:
         background = torch.full_like(parts[0][0], self.background, dtype=torch.int64)
         foreground = self._foreground(parts)
-        alone = sum(len(part) for part in parts) == 1
+        alone = num_classes(parts) == 1
         return (background,) if alone else (best_of(parts, foreground), background)
 
     def by_tests(self, parts: Parts, inside: _Inside) -> tuple[Tensor, Tensor]:
@@ -505,12 +505,13 @@ class _AtMostSo:
     def proposed(self, parts: Parts) -> tuple[Tensor, ...]:
         """The most likely class, and the first that would be one too many, if there is one."""
         top = following = top_class(parts)
-        if self.k >= sum(len(part) for part in parts):
+        if self.k >= num_classes(parts):
             return (top,)
         indices = class_index(parts)
         left = [torch.ones_like(part, dtype=torch.bool) for part in parts]
         for _ in range(self.k):
-            left = [mask & (index != following) for mask, index in zip(left, indices, strict=True)]
+            last = following.int()
+            left = [mask & (index != last) for mask, index in zip(left, indices, strict=True)]
             following = best_of(parts, left)
         return top, following
 
@@ -536,25 +537,26 @@ class _Decide:
     rule: _Rule
     ignore_index: int
 
-    def __call__(self, x: Tensor, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
-        parts = in_parts(x)
-        limits = aligned(limit_of(self.axes, beside).expand(x.shape), parts)
+    def __call__(self, x: Parts, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
+        classes, pixels = num_classes(x), x[0].shape[1]
+        limits = aligned(limit_of(self.axes, beside).expand(classes, pixels), x)
 
         def inside(labels: Tensor) -> Tensor:
             own = at_class(limits, labels)
-            return (self.score.label_columns(x, position, labels) <= own) & own.isfinite()
+            scores = label_scores_in_parts(self.score, x, position, labels)
+            return (scores <= own) & own.isfinite()
 
         if self._tests_suffice:
-            label, reason = self.rule.by_tests(parts, inside)
+            label, reason = self.rule.by_tests(x, inside)
         else:
             pairs = zip(scores_in_parts(self.score, x, position), limits, strict=True)
             # Nothing is at most -inf: a class without a finite threshold is no member.
             members = [part <= torch.where(own.isinf(), -torch.inf, own) for part, own in pairs]
-            label, reason = self.rule.by_sets(parts, members)
-        reason = torch.where(at_class(limits, top_class(parts)).isinf(), _STARVED, reason)
-        reason = torch.where(largest(parts).isfinite(), reason, _UNUSABLE)
+            label, reason = self.rule.by_sets(x, members)
+        reason = torch.where(at_class(limits, top_class(x)).isinf(), _STARVED, reason)
+        reason = torch.where(largest(x).isfinite(), reason, _UNUSABLE)
         label = torch.where(reason == _KEPT, label, self.ignore_index)
-        small = len(x) <= 255 and 0 <= self.ignore_index <= 255
+        small = classes <= 255 and 0 <= self.ignore_index <= 255
         return label.to(torch.uint8) if small else label, reason.to(torch.uint8)
 
     @property
@@ -631,9 +633,9 @@ def _rule(mask_filter: _AnyFilter) -> _Rule:
 class _Propose:
     rule: _Rule
 
-    def __call__(self, x: Tensor, position: Tensor, /, *_: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, x: Parts, position: Tensor, /, *_: Tensor) -> tuple[Tensor, ...]:
         del position
-        return self.rule.proposed(in_parts(x))
+        return self.rule.proposed(x)
 
 
 def _best(parts: Parts, members: Parts) -> tuple[Tensor, Tensor]:

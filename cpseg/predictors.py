@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
-from cpseg._classes import Parts, aligned, class_index, in_parts, joined, top_class
+from cpseg._classes import Parts, aligned, class_index, joined, num_classes, top_class
 from cpseg._tiles import Columns, CompileWarning
 from cpseg.calibration import Calibration
 from cpseg.errors import InputError
@@ -150,22 +150,21 @@ class _Sets:
     axes: tuple[str, ...]
     force_top: bool
 
-    def __call__(self, x: Tensor, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, x: Parts, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
         members = self.members(x, position, beside)
         if torch.compiler.is_compiling():  # a kernel stores bytes faster than bools
             members = [torch.where(member, 1.0, 0.0).to(torch.uint8) for member in members]
         return (joined(members),)
 
-    def members(self, x: Tensor, position: Tensor, beside: tuple[Tensor, ...]) -> Parts:
+    def members(self, x: Parts, position: Tensor, beside: tuple[Tensor, ...]) -> Parts:
         """Whether each class is in, in the parts of the block."""
-        parts = in_parts(x)
         scores = scores_in_parts(self.score, x, position)
-        limits = aligned(limit_of(self.axes, beside).expand(x.shape), parts)
+        limits = aligned(limit_of(self.axes, beside).expand(num_classes(x), x[0].shape[1]), x)
         members = [~(part > limit) for part, limit in zip(scores, limits, strict=True)]
         if not self.force_top:
             return members
-        top = top_class(parts)
-        pairs = zip(members, class_index(parts), strict=True)
+        top = top_class(x).int()
+        pairs = zip(members, class_index(x), strict=True)
         return [member | (index == top) for member, index in pairs]
 
 
@@ -177,7 +176,7 @@ class _Words:
     axes: tuple[str, ...]
     force_top: bool
 
-    def __call__(self, x: Tensor, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, x: Parts, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
         sets = _Sets(self.score, self.axes, self.force_top)
         return (pack(sets.members(x, position, beside)),)
 

@@ -30,6 +30,7 @@ from cpseg._classes import (
     in_parts,
     joined,
     largest,
+    num_classes,
     summed,
     top_class,
 )
@@ -85,17 +86,17 @@ class LAC:
         """Two sums of C exponentials, each within C roundings of the exact one, and a quotient."""
         return _softmax_tolerance(num_classes)
 
-    def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
+    def columns(self, x: Tensor | Parts, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
         return joined(self.parts(x, position))
 
-    def parts(self, x: Tensor, position: Tensor, /) -> Parts:
-        """As :meth:`columns`, in the parts that a block is worked on in."""
+    def parts(self, x: Tensor | Parts, position: Tensor, /) -> Parts:
+        """As :meth:`columns`, in the parts of the block."""
         del position
         odds, total = _softmax(in_parts(x))
         return [1 - part / total for part in odds]
 
-    def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
+    def label_columns(self, x: Tensor | Parts, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         del position
         odds, total = _softmax(in_parts(x))
@@ -145,13 +146,14 @@ class APS:
         """As for :class:`LAC`, and once more for the order in which the top classes are added."""
         return 2 * _softmax_tolerance(num_classes)
 
-    def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
+    def columns(self, x: Tensor | Parts, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
+        x = joined(in_parts(x))
         (odds,), total = _softmax((x,))
         cumulative = _cumulative(x, odds)
         return _adaptive(cumulative, odds, total, _draws(self, position, odds))
 
-    def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
+    def label_columns(self, x: Tensor | Parts, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         parts = in_parts(x)
         odds, total = _softmax(parts)
@@ -211,13 +213,14 @@ class RAPS:
         """As for :class:`APS`, and one rounding of a number as large as the range."""
         return 2 * _softmax_tolerance(num_classes) + 2 * _ULP * self.range(num_classes)[1]
 
-    def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
+    def columns(self, x: Tensor | Parts, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
+        x = joined(in_parts(x))
         (odds,), total = _softmax((x,))
         cumulative, rank = _cumulative(x, odds), _ranks(x)
         return _adaptive(cumulative, odds, total, _draws(self, position, odds)) + self._cost(rank)
 
-    def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
+    def label_columns(self, x: Tensor | Parts, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         parts = in_parts(x)
         odds, total = _softmax(parts)
@@ -279,13 +282,14 @@ class SAPS:
         """As for :class:`LAC`, and one rounding of a number as large as the range."""
         return _softmax_tolerance(num_classes) + 2 * _ULP * self.range(num_classes)[1]
 
-    def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
+    def columns(self, x: Tensor | Parts, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
+        x = joined(in_parts(x))
         _, total = _softmax((x,))
         rank = _ranks(x)
         return self._score(rank, 1 / total, position)
 
-    def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
+    def label_columns(self, x: Tensor | Parts, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         parts = in_parts(x)
         _, total = _softmax(parts)
@@ -332,20 +336,21 @@ class Margin:
         """As for :class:`LAC`, twice: a difference of two probabilities."""
         return 2 * _softmax_tolerance(num_classes)
 
-    def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
+    def columns(self, x: Tensor | Parts, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
         del position
+        x = joined(in_parts(x))
         (odds,), total = _softmax((x,))
-        is_top = class_index((x,))[0] == top_class((x,))
+        is_top = class_index((x,))[0] == top_class((x,)).int()
         second = torch.where(is_top, 0.0, odds).amax(0)  # 0 where there is no other class
         return (torch.where(is_top, second, odds.amax(0)) - odds) / total
 
-    def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
+    def label_columns(self, x: Tensor | Parts, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         del position
         odds, total = _softmax(in_parts(x))
-        pairs = zip(class_index(odds), odds, strict=True)
-        rival = largest([torch.where(index == labels, 0.0, part) for index, part in pairs])
+        narrow, pairs = labels.int(), zip(class_index(odds), odds, strict=True)
+        rival = largest([torch.where(index == narrow, 0.0, part) for index, part in pairs])
         return (rival - at_class(odds, labels)) / total
 
 
@@ -390,20 +395,21 @@ class TopK:
         """None without draws, as ranks are the same numbers in every path; else one rounding."""
         return 2 * _ULP * num_classes if self.randomized else 0.0
 
-    def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
+    def columns(self, x: Tensor | Parts, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
-        rank = _ranks(x)
-        return self._score(x, rank, position)
+        x = joined(in_parts(x))
+        return self._score(x, _ranks(x), position)
 
-    def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
+    def label_columns(self, x: Tensor | Parts, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         return self._score(x, how_many(_at_least(in_parts(x), labels)), position)
 
-    def _score(self, x: Tensor, rank: Tensor, position: Tensor) -> Tensor:
-        score = rank.to(x.dtype)
+    def _score(self, x: Tensor | Parts, rank: Tensor, position: Tensor) -> Tensor:
+        most = largest(in_parts(x))
+        score = rank.to(most.dtype)
         if self.randomized:
-            score = score - uniform(self.seed, position).to(x.dtype)
-        return torch.where(largest(in_parts(x)).isfinite(), score, torch.nan)
+            score = score - uniform(self.seed, position).to(most.dtype)
+        return torch.where(most.isfinite(), score, torch.nan)
 
 
 def logits_from_probabilities(probabilities: Tensor) -> Tensor:
@@ -515,18 +521,27 @@ def _softmax_tolerance(num_classes: int) -> float:
     return (2 * num_classes + 16) * _ULP
 
 
-def scores_in_parts(score: "ColumnScore", x: Tensor, position: Tensor) -> Parts:
-    """Scores of all classes of a block ``(C, N)``, in the parts of :func:`in_parts`."""
+def scores_in_parts(score: "ColumnScore", x: Parts, position: Tensor) -> Parts:
+    """Scores of all classes of a block, in its parts."""
     if isinstance(score, LAC):
         return score.parts(x, position)
-    return aligned(score.columns(x, position), in_parts(x))
+    return aligned(score.columns(joined(x), position), x)
+
+
+def label_scores_in_parts(
+    score: "ColumnScore", x: Parts, position: Tensor, labels: Tensor
+) -> Tensor:
+    """Scores of labels, int64 in ``[0, C)``, of a block in parts. ``(N,)``."""
+    if isinstance(score, (LAC, APS, RAPS, SAPS, Margin, TopK)):
+        return score.label_columns(x, position, labels)
+    return score.label_columns(joined(x), position, labels)
 
 
 def _at_least(parts: Parts, labels: Tensor) -> Parts:
     """The classes that rank no later than the label, itself included. Bool."""
-    own = at_class(parts, labels)
+    own, narrow = at_class(parts, labels), labels.int()
     return [
-        (part > own) | ((part == own) & (index <= labels))
+        (part > own) | ((part == own) & (index <= narrow))
         for part, index in zip(parts, class_index(parts), strict=True)
     ]
 
@@ -567,7 +582,7 @@ _PAIRS = 64
 def _pairs(x: Tensor) -> Iterator[Tensor]:
     """For each class, those that rank no later than it, itself included. Bool ``(C, N)``."""
     for c, own in enumerate(x.unbind()):
-        yield (x > own) | ((x == own) & (class_index((x,))[0].int() <= c))
+        yield (x > own) | ((x == own) & (class_index((x,))[0] <= c))
 
 
 def _pairs_in_place(x: Tensor) -> Iterator[Tensor]:
@@ -632,18 +647,18 @@ class ColumnScore(Protocol):
 class _All:
     score: ColumnScore
 
-    def __call__(self, x: Tensor, position: Tensor, /, *_: Tensor) -> tuple[Tensor, ...]:
-        return (self.score.columns(x, position),)
+    def __call__(self, x: Parts, position: Tensor, /, *_: Tensor) -> tuple[Tensor, ...]:
+        return (joined(scores_in_parts(self.score, x, position)),)
 
 
 @dataclass(frozen=True, slots=True)
 class _Labels:
     score: ColumnScore
 
-    def __call__(self, x: Tensor, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, x: Parts, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
         labels = beside[0][0]
-        known = (labels >= 0) & (labels < len(x))
-        scores = self.score.label_columns(x, position, labels * known)
+        known = (labels >= 0) & (labels < num_classes(x))
+        scores = label_scores_in_parts(self.score, x, position, labels * known)
         return (torch.where(known, scores, torch.nan),)
 
 
