@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
+from cpseg._classes import Parts, at_class, num_classes
 from cpseg.accumulate import (
     Evidence,
     Exact,
     ExactScale,
     Histogram,
     HistogramScale,
-    count,
-    cuts,
+    occurrences,
     upward,
 )
 from cpseg.calibration import Calibration, call_of, describe_score, score_from_description
 from cpseg.errors import CpsegError, InputError, StateError
 from cpseg.protocols import Score
 from cpseg.quantile import MAX_UNITS, UNIT_MASS, Level, budget, level
-from cpseg.scores import ColumnScore, at_class, score_columns
+from cpseg.scores import ColumnScore, label_scores_in_parts, score_columns
 
 Unit = Literal["image", "pixel"]
 Store = Literal["histogram", "exact"]
@@ -173,7 +173,7 @@ class AnyCalibrator:
         # State made inside a caller's inference mode could not be added to outside it.
         with torch.inference_mode(mode=False), torch.no_grad():
             scales = self._scales(classes)
-            cells, *pooled_cells, marks = score_columns(
+            cells, *pooled_cells, places, marks = score_columns(
                 lambda score: _Scored(score, scales, self.ignore_index),
                 self.score,
                 logits,
@@ -185,49 +185,59 @@ class AnyCalibrator:
             own, pooled = self._evidence(classes, logits.device)
             self._open.update(ids or ())
             home = own.num_units.device  # where the first batch was, or the state loaded
-            flat, cells, marks = (
-                part.to(home).reshape(batch, -1) for part in (labels, cells, marks)
+            cells, places, marks = (
+                part.to(home).reshape(batch, -1) for part in (cells, places, marks)
             )
-            rows = rows.to(home).expand(batch, *space).reshape(batch, -1)
-            valid = self._judge(flat, rows, cells, marks)
-            own.add(cells, rows, valid, ids)
-            if pooled is not own:
+            pixels = occurrences(places, classes + len(_CODES))
+            self._note(pixels, marks)
+            if own is not pooled or "group" in self.axes:
+                placed, counted = self._rows(rows.to(home), places, pixels, (batch, *space))
+                own.add(cells, placed, counted, ids)
+            if own is not pooled or "group" not in self.axes:
                 beside = pooled_cells[0].to(home).reshape(batch, -1) if pooled_cells else cells
-                pooled.add(beside, rows, valid, ids)
+                pooled.add(beside, None, pixels[:, :classes].sum(1, keepdim=True), ids)
         self._anonymous += batch if ids is None else 0
         self._torn = False
         return self
 
-    def _judge(self, labels: Tensor, rows: Tensor, cells: Tensor, marks: Tensor) -> Tensor:
-        """Which pixels count, having taken note of the others, of shares and of the data itself.
+    def _note(self, pixels: Tensor, marks: Tensor) -> None:
+        """Take note of faults, of classes' shares and of the data itself.
 
-        All ``(B, N)``; a part of the pixels at a time, so that what is made on the way is small.
+        Args:
+            pixels: How many pixels of each entry have each class or code. ``(B, C + codes)``.
+            marks: Of each pixel that counts, else 0. ``(B, N)``.
         """
-        batch, size = labels.shape
         classes = len(self._max_share)
-        rows_held = self._both()[0].store.rows
-        valid = torch.empty((batch, size), dtype=torch.bool, device=labels.device)
-        entry = torch.arange(batch, device=labels.device)[:, None] * classes
-        pixels = torch.zeros(batch * classes + 1, dtype=torch.int64, device=labels.device)
-        for part in cuts(batch, size, labels.device):
-            cell = cells[:, part]
-            counts = cell >= 0
-            if "group" in self.axes:  # any other row is there if the label is a class
-                row = rows[:, part]
-                placed = (row >= 0) & (row < rows_held)
-                self._faults[-1] += ((cell > _UNKNOWN) & ~placed).sum()
-                counts &= placed
-            for fault, code in enumerate((_UNKNOWN, _UNUSABLE, _BEYOND)):
-                self._faults[fault] += (cell == code).sum()
-            valid[:, part] = counts
-            label = torch.where(counts, labels[:, part], 0).long() + entry
-            count(pixels, torch.where(counts, label, batch * classes))
-            # Order-free: a wrapped sum over the pixels.
-            self._checksum += torch.stack((counts.sum(), (marks[:, part].long() * counts).sum()))
+        self._faults[: len(_CODES) - 1] += pixels[:, classes + 1 :].sum(0)
         # Of all its pixels, void ones too: a nearly void image must not make a share of 1 plausible.
-        share = pixels[:-1].view(batch, classes).double() / size
+        share = pixels[:, :classes].double() / marks.shape[1]
         self._max_share = self._max_share.maximum(share.amax(0))
-        return valid
+        # Order-free: a wrapped sum over the pixels.
+        self._checksum += torch.stack((pixels[:, :classes].sum(), marks.sum(dtype=torch.int64)))
+
+    def _rows(
+        self, rows: Tensor, places: Tensor, pixels: Tensor, shape: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Each pixel's row, the number of rows or more where it does not count, and their counts.
+
+        Args:
+            rows: Of what lies beside classes, int64 that broadcasts to ``shape``.
+            places: Each pixel's class or code. ``(B, N)``.
+            pixels: Their counts. ``(B, C + codes)``.
+            shape: ``(B, *S)``.
+        """
+        classes = len(self._max_share)
+        if self.axes == ("class",):
+            return places, pixels[:, :classes]
+        held = prod(self._shape)
+        rows = rows.expand(shape).reshape(places.shape)
+        counts = places < classes
+        if "group" in self.axes:  # any other row is there if the label is a class
+            placed = (rows >= 0) & (rows < held)
+            self._faults[-1] += (counts & ~placed).sum()
+            counts &= placed
+        rows = torch.where(counts, rows, held)
+        return rows, occurrences(rows, held + 1)[:, :held]
 
     def _admit(self, unit_ids: Sequence[int] | Tensor | None, batch: int) -> list[int] | None:
         """The ids of a batch, checked before anything is changed."""
@@ -650,29 +660,38 @@ def check_origin(name: str, fitted_on: Origin, calibrator: AnyCalibrator) -> Non
         )
 
 
-# In place of a cell: no score, one outside the declared range, a label that is no class, no label.
-_UNUSABLE, _BEYOND, _UNKNOWN, _IGNORED = -1, -2, -3, -4
+# In place of a class, from C on: no label, one that is no class, logits that give no score, a score
+# outside the range it declares.
+_CODES = (_IGNORED, _UNKNOWN, _UNUSABLE, _BEYOND) = range(4)
 
 
 @dataclass(frozen=True, slots=True)
 class _Scored:
-    """The cells of each label's score, and a hash of what it was computed from."""
+    """The cells of each label's score, its class or code, and a hash of what it came from.
+
+    Where there is a code, the cell is the one past the last, and the hash 0.
+    """
 
     score: ColumnScore
     scales: tuple[HistogramScale | ExactScale, ...]
     ignore_index: int
 
-    def __call__(self, x: Tensor, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, x: Parts, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
         labels = beside[0][0]
-        known = (labels >= 0) & (labels < len(x))
+        classes = num_classes(x)
+        known = (labels >= 0) & (labels < classes)
         clean = labels * known
-        scores = upward(self.score.label_columns(x, position, clean))
-        own, *others = (scale.cells(scores) for scale in self.scales)
-        own = torch.where(self.scales[0].fits(scores), own, _BEYOND)
-        own = torch.where(scores.isnan(), _UNUSABLE, own)
+        scores = upward(label_scores_in_parts(self.score, x, position, clean))
+        code = torch.where(self.scales[0].fits(scores), -1, _BEYOND)
+        code = torch.where(scores.isnan(), _UNUSABLE, code)
         missing = torch.where(labels == self.ignore_index, _IGNORED, _UNKNOWN)
-        own = torch.where(known, own, missing)
-        return own, *others, data_mark(clean, at_class(x, clean))
+        code = torch.where(known, code, missing)
+        counts = code < 0
+        cells = [torch.where(counts, s.cells(scores), s.num_cells) for s in self.scales]
+        place = torch.where(counts, clean, code + classes)
+        small = classes + len(_CODES) <= 256
+        mark = torch.where(counts, data_mark(clean, at_class(x, clean)), 0)
+        return *cells, place.to(torch.uint8 if small else torch.int32), mark
 
 
 def data_mark(labels: Tensor, logits: Tensor) -> Tensor:

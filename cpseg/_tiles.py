@@ -17,12 +17,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cpseg._classes import Parts
+
 __all__ = ["Columns", "CompileWarning", "upcast", "walk", "whole"]
 
 # Elements of a block, by device: eager ones fill a core's cache (a good share of a small GPU);
 # compiled ones are worth a call. A device that is not listed takes whole images compiled.
 _EAGER = {"cpu": 2**18, "cuda": 2**28}
-_COMPILED = {"cpu": 2**19}
+_COMPILED = {"cpu": 2**20}
+_ROWS = 32  # classes up to which a kernel takes each for itself
 
 
 class CompileWarning(UserWarning):
@@ -32,12 +35,13 @@ class CompileWarning(UserWarning):
 class Columns(Protocol):
     """An operation on a block of pixels; hashable, and equal to one that does the same.
 
-    It gets the block ``(C, N)``, in float32 or float64, the pixels' positions in ``*S``, int64
-    ``(N,)``, what lies beside the pixels, ``(K, N)`` each, and what is the same for all of them.
-    It gives tensors ``(N,)`` or ``(K, N)``, each column from its own column alone.
+    It gets the block in parts, ``(K, N)`` each in float32 or float64, the pixels' positions in
+    ``*S``, int64 ``(N,)``, what lies beside the pixels, ``(K, N)`` each, and what is the same for
+    all of them. It gives tensors ``(N,)`` or ``(K, N)``, each column from its own column alone,
+    and changes nothing that it gets.
     """
 
-    def __call__(self, x: Tensor, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, x: Parts, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
         """Run on one block."""
         ...
 
@@ -59,9 +63,9 @@ def walk(
 ) -> tuple[Tensor, ...]:
     """Run ``columns`` over all pixels, a block at a time.
 
-    A block is contiguous and a multiple of 32 wide: only then does a sum over its first axis add
-    in the same order in every column. So a result is the same, to the bit, whatever the batch
-    size, the strides, the other pixels and the cut into batches. No gradient is kept.
+    A block is a multiple of 32 wide: only then does a sum over the first axis of what is made
+    from it add in the same order in every column. So a result is the same, to the bit, whatever
+    the batch size, the strides, the other pixels and the cut into batches. No gradient is kept.
 
     Args:
         columns: The operation.
@@ -80,17 +84,22 @@ def walk(
     with torch.inference_mode(mode=False), torch.no_grad():
         device = logits.device.type
         compiled = compiled and _compiler_works(device)
-        sizes = _COMPILED if compiled else _EAGER
         classes, size = logits.shape[1], prod(logits.shape[2:])
-        width = max(size, 1)
-        if device in sizes or not compiled:
-            width = max(sizes.get(device, 2**18) // classes // 32 * 32, 32)
-        run = columns
-        if compiled:
-            run = _compiled(columns, classes, logits.dtype, device)
+        if not compiled:
+            width = max(_EAGER.get(device, 2**18) // classes // 32 * 32, 32)
+        elif device in _COMPILED:  # a power of 2: so are many images, and none is cut short
+            width = max(2 ** ((_COMPILED[device] // classes).bit_length() - 1), 32)
+        else:
+            width = max(size, 1)
+        run = _compiled(columns, classes, logits.dtype, device) if compiled else None
+        fill = compiled and device in _COMPILED
         results: list[Tensor] = []
-        for images, pixels, block in _blocks(logits, near, width, fill=compiled):
-            made = run(*block, *fixed)
+        for images, pixels, block in _blocks(logits, near, width, fill=fill, upcasts=run is None):
+            x, position, *beside = block
+            if run is None:
+                made = columns((x,), position, *beside, *fixed)
+            else:
+                made = run(x.unbind() if classes <= _ROWS else (x,), position, *beside, *fixed)
             count, n = images.stop - images.start, pixels.stop - pixels.start
             results = results or [
                 part.new_empty((len(logits), *part.shape[:-1], size)) for part in made
@@ -111,67 +120,71 @@ def whole(
     rows = [
         part.expand(batch, -1, *space).movedim(1, 0).reshape(part.shape[1], -1) for part in near
     ]
-    made = columns(x, position, *rows, *fixed)
+    made = columns((x,), position, *rows, *fixed)
     return tuple(
         part.reshape(*part.shape[:-1], batch, *space).movedim(part.ndim - 1, 0) for part in made
     )
 
 
 def _blocks(
-    logits: Tensor, near: Sequence[Tensor], width: int, *, fill: bool
+    logits: Tensor, near: Sequence[Tensor], width: int, *, fill: bool, upcasts: bool
 ) -> Iterator[tuple[slice, slice, tuple[Tensor, ...]]]:
     """Images, pixels, and their block: ``x``, positions, what is near. One at least, if empty.
 
-    Blocks share their memory. With ``fill`` they all have the given width.
+    Blocks are views where they can be; those that are not share their memory. With ``fill`` they
+    all have the given width.
     """
-    batch, size, device = len(logits), prod(logits.shape[2:]), logits.device
+    batch, size = len(logits), prod(logits.shape[2:])
     images, pixels = max(width // max(size, 1), 1), max(min(size, width), 1)
-    most = width if fill else _padded(min(images, max(batch, 1)) * pixels)
-    single = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    dtypes = [single, *(p.dtype if p.is_floating_point() else torch.int64 for p in near)]
-    buffers = [_Buffer(most, dtype) for dtype in dtypes]
-    position = torch.zeros(most, dtype=torch.int64, device=device)
-    starts = [(i, j) for i in range(0, batch, images) for j in range(0, size, pixels)]
-    for i, j in starts or [(0, 0)]:
-        rows = slice(i, min(i + images, batch))
-        columns = slice(j, min(j + pixels, size))
-        count, n = rows.stop - rows.start, columns.stop - columns.start
-        end = most if fill else max(_padded(count * n), 32)
-        block = []
-        for buffer, part in zip(buffers, (logits, *near), strict=True):
-            cut = part if len(part) == 1 < batch else part[rows]
-            flat = cut.reshape(len(cut), cut.shape[1], size)
-            block.append(buffer.filled(flat[..., columns], count, end))
-        place = position[:end]
-        if count and n:
-            place[: count * n].view(count, n).copy_(torch.arange(j, j + n, device=device))
-        yield rows, columns, (block[0], place, *block[1:])
+    position = torch.arange(size, device=logits.device)[None, None]
+    single = upcast(logits[:0]).dtype if upcasts else logits.dtype
+    parts = [(logits, single), (position, torch.int64)]
+    parts += [(part, part.dtype if part.is_floating_point() else torch.int64) for part in near]
+    buffers = [_Buffer(dtype, width if fill else 32) for _, dtype in parts]
+    for rows in _spans(batch, images):
+        count = rows.stop - rows.start
+        some = [part if len(part) == 1 < batch else part[rows] for part, _ in parts]
+        flat = [part.reshape(*part.shape[:2], size) for part in some]
+        for columns in _spans(size, pixels):
+            start, end = columns.start, columns.stop
+            # What does not fill 32 columns is copied, so that the rest can be a view.
+            even = end - (end - start) % 32
+            for stop in (even, end) if not fill and count == 1 and start < even < end else (end,):
+                x, places, *beside = (
+                    buffer.filled(part[..., start:stop], count)
+                    for buffer, part in zip(buffers, flat, strict=True)
+                )
+                yield rows, slice(start, stop), (x, places[0], *beside)
+                start = stop
+
+
+def _spans(size: int, step: int) -> list[slice]:
+    """``size`` things, ``step`` at a time; one empty span if there are none."""
+    starts = range(0, max(size, 1), step)
+    return [slice(start, min(start + step, size)) for start in starts]
 
 
 class _Buffer:
-    """Memory for one part of every block, if it is needed."""
+    """Memory for one part of every block that is no view."""
 
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
-        self.width, self.dtype = width, dtype
+    def __init__(self, dtype: torch.dtype, step: int) -> None:
+        self.dtype, self.step = dtype, step
         self.held: Tensor | None = None
 
-    def filled(self, part: Tensor, count: int, end: int) -> Tensor:
-        """``(1 or count, K, n)`` as ``(K, end)``; what lies beyond the pixels is of no account."""
+    def filled(self, part: Tensor, count: int) -> Tensor:
+        """``(1 or count, K, n)`` as ``(K, N)``; what lies beyond the pixels is of no account."""
         height, n = part.shape[1:]
-        if count == len(part) == 1 and n == end and part.dtype == self.dtype:
+        width = max(-(-count * n // self.step) * self.step, self.step)
+        if count == len(part) == 1 and n == width and part.dtype == self.dtype:
             row = part[0]
-            if row.is_contiguous():
+            if row.stride(1) == 1:
                 return row
-        if self.held is None:
+        if self.held is None or self.held.numel() < height * width:
             # Zeros: what lies beyond may be an index.
-            self.held = torch.zeros(height * self.width, dtype=self.dtype, device=part.device)
-        block = self.held[: height * end].view(height, end)
+            self.held = torch.zeros(height * width, dtype=self.dtype, device=part.device)
+        block = self.held[: height * width].view(height, width)
         block[:, : count * n].view(height, count, n).copy_(part.transpose(0, 1))
         return block
-
-
-def _padded(width: int) -> int:
-    return -(-width // 32) * 32
 
 
 @cache
@@ -182,8 +195,10 @@ def _compiled(columns: Columns, classes: int, dtype: torch.dtype, device: str) -
     """
     del classes, dtype
 
-    def run(x: Tensor, position: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
-        return columns(upcast(x), position, *beside)
+    def run(x: Parts, position: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
+        # Rows come one by one, so that how far apart they lie is no part of the graph.
+        parts = [upcast(part if part.ndim == 2 else part[None]) for part in x]
+        return columns(parts, position, *beside)
 
     own = FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
     fused: Columns = torch.compile(own, fullgraph=True, dynamic=device not in _COMPILED)

@@ -104,6 +104,11 @@ class HistogramScale:
 class ExactScale:
     """A cell for every float32."""
 
+    @property
+    def num_cells(self) -> int:
+        """As many as there are float32."""
+        return 2**32
+
     def fits(self, scores: Tensor) -> Tensor:
         """Any score but NaN and ``-inf``. Bool."""
         return scores > -torch.inf
@@ -356,51 +361,52 @@ class Evidence:
         return sorted(self._open)
 
     def add(
-        self, cells: Tensor, rows: Tensor, valid: Tensor, unit_ids: Sequence[int] | None
+        self,
+        cells: Tensor,
+        rows: Tensor | None,
+        pixels: Tensor,
+        unit_ids: Sequence[int] | None,
     ) -> None:
         """Add one batch.
 
         Args:
-            cells: Cells of the labels' scores, anything where not valid. Shape ``(B, N)``.
-            rows: int64 row of each pixel, anything where not valid. Shape ``(B, N)``.
-            valid: Which pixels count. Bool ``(B, N)``.
+            cells: Cells of the labels' scores, ``num_cells`` where a pixel does not count. Integers
+                ``(B, N)``.
+            rows: The row of each pixel, R or more where it does not count; None: there is one.
+                Integers ``(B, N)``.
+            pixels: How many pixels of each batch entry count in each row. int64 ``(B, R)``.
             unit_ids: The unit of each batch entry, which stays open; None: each is one unit.
         """
+        batch, size = cells.shape
         if unit_ids is not None:
-            for held, unit in zip(self._keys(cells, rows, valid), unit_ids, strict=True):
+            found = self._keys(cells, rows).long()
+            for held, unit in zip(found, unit_ids, strict=True):
                 self._hold(unit, *torch.unique(held, return_counts=True))
             return
-        batch, size = cells.shape
-        pixels = self._pixels(rows, valid)
         self._count(pixels)
         share = _share(pixels) if self.by_unit else torch.ones_like(pixels)
-        entry = torch.arange(batch, device=rows.device)[:, None] * self.store.rows
-        for part in cuts(batch, size, rows.device):
-            keys = self._keys(cells[:, part], rows[:, part], valid[:, part])
-            if self.store.rows == 1:
-                self.store.add(keys, share.expand(keys.shape))
-            else:
-                row = torch.where(valid[:, part], rows[:, part], 0)
-                self.store.add(keys, share.view(-1)[row + entry])
+        held_rows = self.store.rows
+        # One more row, for pixels that do not count.
+        share = torch.cat((share, torch.zeros_like(share[:, :1])), 1)
+        entry = torch.arange(batch, device=cells.device, dtype=torch.int32)[:, None]
+        for part in cuts(batch, size, cells.device):
+            cell = cells[:, part]
+            if rows is None:
+                self.store.add(cell, share[:, :1].expand(cell.shape))
+                continue
+            row = rows[:, part].clamp(max=held_rows)
+            where = row + entry * (held_rows + 1)
+            mass = share.view(-1).index_select(0, where.reshape(-1)).view(where.shape)
+            self.store.add(self._keys(cell, row), mass)
 
-    def _pixels(self, rows: Tensor, valid: Tensor) -> Tensor:
-        """How many valid pixels each entry has in each row. int64 ``(B, R)``."""
-        batch, size = valid.shape
-        if self.store.rows == 1:
-            return valid.sum(1, keepdim=True)
-        entry = torch.arange(batch, device=rows.device)[:, None] * self.store.rows
-        nowhere = batch * self.store.rows
-        held = torch.zeros(nowhere + 1, dtype=torch.int64, device=rows.device)
-        for part in cuts(batch, size, rows.device):
-            count(held, torch.where(valid[:, part], rows[:, part].long() + entry, nowhere))
-        return held[:-1].view(batch, -1)
-
-    def _keys(self, cells: Tensor, rows: Tensor, valid: Tensor) -> Tensor:
-        nowhere = self.store.rows * self.store.num_cells
-        keys = cells.long()
-        if self.store.rows > 1:
-            keys = keys + rows.long() * self.store.num_cells
-        return torch.where(valid, keys, nowhere)
+    def _keys(self, cells: Tensor, rows: Tensor | None) -> Tensor:
+        """Where in the store each pixel's mass goes; the last place is for what does not count."""
+        if rows is None:
+            return cells
+        last = self.store.rows * self.store.num_cells
+        wide = torch.int32 if last < 2**31 else torch.int64
+        keys = rows.clamp(max=self.store.rows).to(wide) * self.store.num_cells + cells
+        return keys.clamp_(max=last)
 
     def _hold(self, unit: int, keys: Tensor, counts: Tensor) -> None:
         seen = keys < self.store.rows * self.store.num_cells
@@ -479,10 +485,15 @@ def cuts(batch: int, size: int, device: torch.device) -> list[slice]:
 _PART_PIXELS = {"cpu": 2**15}
 
 
-def count(counts: Tensor, index: Tensor) -> None:
-    """Add one to ``counts`` wherever ``index`` says."""
-    flat = index.reshape(-1)
-    counts.index_add_(0, flat, torch.ones_like(flat))
+def occurrences(values: Tensor, count: int) -> Tensor:
+    """How often each entry has each of ``count`` values. ``(B, N)`` to int64 ``(B, count)``."""
+    batch, size = values.shape
+    found = torch.zeros(batch * count, dtype=torch.int64, device=values.device)
+    entry = torch.arange(batch, device=values.device)[:, None] * count
+    for part in cuts(batch, size, values.device):
+        index = (values[:, part] + entry).reshape(-1)
+        found.index_add_(0, index, torch.ones_like(index))
+    return found.view(batch, count)
 
 
 def _share(pixels: Tensor) -> Tensor:

@@ -21,11 +21,23 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
+from cpseg._classes import (
+    Parts,
+    aligned,
+    any_class,
+    at_class,
+    best_of,
+    class_index,
+    how_many,
+    largest,
+    num_classes,
+    top_class,
+)
 from cpseg._tiles import Columns, walk
 from cpseg.calibration import Calibration
 from cpseg.errors import InputError
 from cpseg.predictors import check_calibration, limit_of, run
-from cpseg.scores import ColumnScore, any_class, at_class, class_index, first_class, top_class
+from cpseg.scores import ColumnScore, label_scores_in_parts, scores_in_parts
 
 __all__ = [
     "AreaGuard",
@@ -481,88 +493,96 @@ _Inside = Callable[[Tensor], Tensor]  # labels (N,) to whether each is in its pi
 
 
 class _Rule(Protocol):
-    """What a filter makes of a block of logits ``(C, N)``: labels and reasons, each ``(N,)``."""
+    """What a filter makes of a block of logits, in parts: labels and reasons, each ``(N,)``."""
 
-    def proposed(self, x: Tensor) -> tuple[Tensor, ...]:
+    def proposed(self, parts: Parts) -> tuple[Tensor, ...]:
         """The classes that :meth:`by_tests` tests, in order."""
         ...
 
-    def by_tests(self, x: Tensor, inside: _Inside) -> tuple[Tensor, Tensor]:
+    def by_tests(self, parts: Parts, inside: _Inside) -> tuple[Tensor, Tensor]:
         """From tests of single classes, where a larger logit is never less inside."""
         ...
 
-    def by_sets(self, x: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-        """From the members with a finite threshold, bool ``(C, N)``."""
+    def by_sets(self, parts: Parts, members: Parts) -> tuple[Tensor, Tensor]:
+        """From the members with a finite threshold, bool."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class _MostLikely:
-    def proposed(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (top_class(x),)
+    def proposed(self, parts: Parts) -> tuple[Tensor, ...]:
+        return (top_class(parts),)
 
-    def by_tests(self, x: Tensor, inside: _Inside) -> tuple[Tensor, Tensor]:
-        return _in_turn(self.proposed(x), inside)
+    def by_tests(self, parts: Parts, inside: _Inside) -> tuple[Tensor, Tensor]:
+        return _in_turn(self.proposed(parts), inside)
 
-    def by_sets(self, x: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-        return _best(x, member)
+    def by_sets(self, parts: Parts, members: Parts) -> tuple[Tensor, Tensor]:
+        return _best(parts, members)
 
 
 @dataclass(frozen=True, slots=True)
 class _TopOnly:
-    def proposed(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (top_class(x),)
+    def proposed(self, parts: Parts) -> tuple[Tensor, ...]:
+        return (top_class(parts),)
 
-    def by_tests(self, x: Tensor, inside: _Inside) -> tuple[Tensor, Tensor]:
-        return _in_turn(self.proposed(x), inside)
+    def by_tests(self, parts: Parts, inside: _Inside) -> tuple[Tensor, Tensor]:
+        return _in_turn(self.proposed(parts), inside)
 
-    def by_sets(self, x: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-        return _in_turn(self.proposed(x), lambda labels: at_class(member, labels))
+    def by_sets(self, parts: Parts, members: Parts) -> tuple[Tensor, Tensor]:
+        return _in_turn(self.proposed(parts), lambda labels: at_class(members, labels))
 
 
 @dataclass(frozen=True, slots=True)
 class _ForegroundFirst:
     background: int
 
-    def proposed(self, x: Tensor) -> tuple[Tensor, ...]:
-        background = torch.full_like(x[0], self.background, dtype=torch.int64)
-        return (background,) if len(x) == 1 else (best_of(x, self._foreground(x)), background)
+    def proposed(self, parts: Parts) -> tuple[Tensor, ...]:
+        background = torch.full_like(parts[0][0], self.background, dtype=torch.int64)
+        foreground = self._foreground(parts)
+        alone = num_classes(parts) == 1
+        return (background,) if alone else (best_of(parts, foreground), background)
 
-    def by_tests(self, x: Tensor, inside: _Inside) -> tuple[Tensor, Tensor]:
-        return _in_turn(self.proposed(x), inside)
+    def by_tests(self, parts: Parts, inside: _Inside) -> tuple[Tensor, Tensor]:
+        return _in_turn(self.proposed(parts), inside)
 
-    def by_sets(self, x: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-        label, reason = _best(x, member & self._foreground(x))
-        alone = (reason == _EMPTY) & member[self.background]
+    def by_sets(self, parts: Parts, members: Parts) -> tuple[Tensor, Tensor]:
+        pairs = list(zip(members, self._foreground(parts), strict=True))
+        label, reason = _best(parts, [member & mask for member, mask in pairs])
+        behind = any_class([member & ~mask for member, mask in pairs])
+        alone = (reason == _EMPTY) & behind
         return torch.where(alone, self.background, label), torch.where(alone, _KEPT, reason)
 
-    def _foreground(self, x: Tensor) -> Tensor:
-        return class_index(x) != self.background
+    def _foreground(self, parts: Parts) -> Parts:
+        return [index != self.background for index in class_index(parts)]
 
 
 @dataclass(frozen=True, slots=True)
 class _AtMostSo:
     k: int
 
-    def proposed(self, x: Tensor) -> tuple[Tensor, ...]:
+    def proposed(self, parts: Parts) -> tuple[Tensor, ...]:
         """The most likely class, and the first that would be one too many, if there is one."""
-        top = following = top_class(x)
-        left = torch.ones_like(x, dtype=torch.bool)
-        for _ in range(self.k if self.k < len(x) else 0):
-            left = left & (class_index(x) != following)
-            following = best_of(x, left)
-        return (top, following) if self.k < len(x) else (top,)
+        top = following = top_class(parts)
+        if self.k >= num_classes(parts):
+            return (top,)
+        indices = class_index(parts)
+        left = [torch.ones_like(part, dtype=torch.bool) for part in parts]
+        for _ in range(self.k):
+            last = following.int()
+            left = [mask & (index != last) for mask, index in zip(left, indices, strict=True)]
+            following = best_of(parts, left)
+        return top, following
 
-    def by_tests(self, x: Tensor, inside: _Inside) -> tuple[Tensor, Tensor]:
-        top, *following = self.proposed(x)
+    def by_tests(self, parts: Parts, inside: _Inside) -> tuple[Tensor, Tensor]:
+        top, *following = self.proposed(parts)
         label, reason = _in_turn((top,), inside)
         for one_too_many in following:
             reason = torch.where(inside(one_too_many), _TOO_MANY, reason)
         return label, reason
 
-    def by_sets(self, x: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-        label, reason = _best(x, member)
-        return label, torch.where(member.sum(0, dtype=torch.int32) > self.k, _TOO_MANY, reason)
+    def by_sets(self, parts: Parts, members: Parts) -> tuple[Tensor, Tensor]:
+        label, reason = _best(parts, members)
+        return label, torch.where(how_many(members) > self.k, _TOO_MANY, reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -575,24 +595,26 @@ class _Decide:
     rule: _Rule
     ignore_index: int
 
-    def __call__(self, x: Tensor, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
-        limit = limit_of(self.axes, beside)
+    def __call__(self, x: Parts, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
+        classes, pixels = num_classes(x), x[0].shape[1]
+        limits = aligned(limit_of(self.axes, beside).expand(classes, pixels), x)
 
         def inside(labels: Tensor) -> Tensor:
-            own = at_class(limit.expand(x.shape), labels)
-            return (self.score.label_columns(x, position, labels) <= own) & own.isfinite()
+            own = at_class(limits, labels)
+            scores = label_scores_in_parts(self.score, x, position, labels)
+            return (scores <= own) & own.isfinite()
 
         if self._tests_suffice:
             label, reason = self.rule.by_tests(x, inside)
         else:
-            member = (self.score.columns(x, position) <= limit) & limit.isfinite()
-            label, reason = self.rule.by_sets(x, member)
-        reason = torch.where(
-            at_class(limit.expand(x.shape), top_class(x)).isinf(), _STARVED, reason
-        )
-        reason = torch.where(x.amax(0).isfinite(), reason, _UNUSABLE)
+            pairs = zip(scores_in_parts(self.score, x, position), limits, strict=True)
+            # Nothing is at most -inf: a class without a finite threshold is no member.
+            members = [part <= torch.where(own.isinf(), -torch.inf, own) for part, own in pairs]
+            label, reason = self.rule.by_sets(x, members)
+        reason = torch.where(at_class(limits, top_class(x)).isinf(), _STARVED, reason)
+        reason = torch.where(largest(x).isfinite(), reason, _UNUSABLE)
         label = torch.where(reason == _KEPT, label, self.ignore_index)
-        small = len(x) <= 255 and 0 <= self.ignore_index <= 255
+        small = classes <= 255 and 0 <= self.ignore_index <= 255
         return label.to(torch.uint8) if small else label, reason.to(torch.uint8)
 
     @property
@@ -686,27 +708,13 @@ def _rule(mask_filter: _AnyFilter) -> _Rule:
 class _Propose:
     rule: _Rule
 
-    def __call__(self, x: Tensor, position: Tensor, /, *_: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, x: Parts, position: Tensor, /, *_: Tensor) -> tuple[Tensor, ...]:
         del position
         return self.rule.proposed(x)
 
 
-def best_of(x: Tensor, choice: Tensor) -> Tensor:
-    """The class with the largest logit among those chosen, the first of equals.
-
-    Args:
-        x: Logits of a block. Shape ``(C, N)``.
-        choice: Bool that broadcasts to ``(C, N)``.
-
-    Returns:
-        Integers ``(N,)``, 0 where none is chosen.
-    """
-    best = torch.where(choice, x, -torch.inf).amax(0)
-    return first_class((x == best) & choice)  # a choice may have logit -inf, and must still win
-
-
-def _best(x: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-    return best_of(x, member), torch.where(any_class(member), _KEPT, _EMPTY)
+def _best(parts: Parts, members: Parts) -> tuple[Tensor, Tensor]:
+    return best_of(parts, members), torch.where(any_class(members), _KEPT, _EMPTY)
 
 
 def _in_turn(proposed: tuple[Tensor, ...], inside: _Inside) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
+from cpseg._classes import at_class, in_parts
 from cpseg._tiles import upcast
 from cpseg.errors import InputError
 from cpseg.protocols import Score
@@ -23,7 +24,6 @@ from cpseg.scores import (
     _softmax,
     _softmax_tolerance,
     all_scores,
-    at_class,
     label_scores,
 )
 
@@ -227,14 +227,14 @@ class PAS:
     def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block; see :class:`cpseg.scores.ColumnScore`."""
         del position
-        odds, total = _softmax(x)
+        (odds,), total = _softmax((x,))
         prior = torch.tensor(self.prior, dtype=x.dtype, device=x.device)[:, None]
         return prior / (prior + odds / total)
 
     def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels in a block; see :class:`cpseg.scores.ColumnScore`."""
         del position
-        odds, total = _softmax(x)
+        odds, total = _softmax(in_parts(x))
         prior = torch.tensor(self.prior, dtype=x.dtype, device=x.device)[labels]
         return prior / (prior + at_class(odds, labels) / total)
 

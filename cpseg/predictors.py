@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
+from cpseg._classes import Parts, aligned, class_index, joined, num_classes, top_class
 from cpseg._tiles import Columns, CompileWarning
 from cpseg.calibration import Calibration
 from cpseg.errors import InputError
-from cpseg.scores import ColumnScore, class_index, score_columns, top_class
+from cpseg.scores import ColumnScore, score_columns, scores_in_parts
 from cpseg.sets import PackedSets, pack
 
 __all__ = ["CompileWarning", "PixelSetPredictor"]
@@ -149,17 +150,22 @@ class _Sets:
     axes: tuple[str, ...]
     force_top: bool
 
-    def __call__(self, x: Tensor, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
-        member = self.member(x, position, beside)
+    def __call__(self, x: Parts, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
+        members = self.members(x, position, beside)
         if torch.compiler.is_compiling():  # a kernel stores bytes faster than bools
-            return (torch.where(member, 1.0, 0.0).to(torch.uint8),)
-        return (member,)
+            members = [torch.where(member, 1.0, 0.0).to(torch.uint8) for member in members]
+        return (joined(members),)
 
-    def member(self, x: Tensor, position: Tensor, beside: tuple[Tensor, ...]) -> Tensor:
-        member = ~(self.score.columns(x, position) > limit_of(self.axes, beside))
+    def members(self, x: Parts, position: Tensor, beside: tuple[Tensor, ...]) -> Parts:
+        """Whether each class is in, in the parts of the block."""
+        scores = scores_in_parts(self.score, x, position)
+        limits = aligned(limit_of(self.axes, beside).expand(num_classes(x), x[0].shape[1]), x)
+        members = [~(part > limit) for part, limit in zip(scores, limits, strict=True)]
         if not self.force_top:
-            return member
-        return member | (class_index(x) == top_class(x))
+            return members
+        top = top_class(x).int()
+        pairs = zip(members, class_index(x), strict=True)
+        return [member | (index == top) for member, index in pairs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +176,9 @@ class _Words:
     axes: tuple[str, ...]
     force_top: bool
 
-    def __call__(self, x: Tensor, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, x: Parts, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
         sets = _Sets(self.score, self.axes, self.force_top)
-        return (pack(sets.member(x, position, beside)),)
+        return (pack(sets.members(x, position, beside)),)
 
 
 def columns_of(predictor: PixelSetPredictor, score: ColumnScore) -> Columns:

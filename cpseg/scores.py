@@ -21,6 +21,19 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
+from cpseg._classes import (
+    Parts,
+    aligned,
+    at_class,
+    class_index,
+    how_many,
+    in_parts,
+    joined,
+    largest,
+    num_classes,
+    summed,
+    top_class,
+)
 from cpseg._tiles import Columns, upcast, walk, whole
 from cpseg.errors import InputError
 from cpseg.protocols import Score
@@ -73,16 +86,20 @@ class LAC:
         """Two sums of C exponentials, each within C roundings of the exact one, and a quotient."""
         return _softmax_tolerance(num_classes)
 
-    def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
+    def columns(self, x: Tensor | Parts, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
-        del position
-        odds, total = _softmax(x)
-        return 1 - odds / total
+        return joined(self.parts(x, position))
 
-    def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
+    def parts(self, x: Tensor | Parts, position: Tensor, /) -> Parts:
+        """As :meth:`columns`, in the parts of the block."""
+        del position
+        odds, total = _softmax(in_parts(x))
+        return [1 - part / total for part in odds]
+
+    def label_columns(self, x: Tensor | Parts, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         del position
-        odds, total = _softmax(x)
+        odds, total = _softmax(in_parts(x))
         return 1 - at_class(odds, labels) / total
 
 
@@ -129,17 +146,20 @@ class APS:
         """As for :class:`LAC`, and once more for the order in which the top classes are added."""
         return 2 * _softmax_tolerance(num_classes)
 
-    def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
+    def columns(self, x: Tensor | Parts, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
-        odds, total = _softmax(x)
+        x = joined(in_parts(x))
+        (odds,), total = _softmax((x,))
         cumulative = _cumulative(x, odds)
         return _adaptive(cumulative, odds, total, _draws(self, position, odds))
 
-    def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
+    def label_columns(self, x: Tensor | Parts, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
-        odds, total = _softmax(x)
-        cumulative = (odds * _at_least(x, labels)).sum(0)
-        return _adaptive(cumulative, at_class(odds, labels), total, _draws(self, position, odds))
+        parts = in_parts(x)
+        odds, total = _softmax(parts)
+        cumulative = _sum_where(_at_least(parts, labels), odds)
+        own = at_class(odds, labels)
+        return _adaptive(cumulative, own, total, _draws(self, position, own))
 
 
 @final
@@ -193,19 +213,21 @@ class RAPS:
         """As for :class:`APS`, and one rounding of a number as large as the range."""
         return 2 * _softmax_tolerance(num_classes) + 2 * _ULP * self.range(num_classes)[1]
 
-    def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
+    def columns(self, x: Tensor | Parts, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
-        odds, total = _softmax(x)
+        x = joined(in_parts(x))
+        (odds,), total = _softmax((x,))
         cumulative, rank = _cumulative(x, odds), _ranks(x)
         return _adaptive(cumulative, odds, total, _draws(self, position, odds)) + self._cost(rank)
 
-    def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
+    def label_columns(self, x: Tensor | Parts, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
-        odds, total = _softmax(x)
-        ahead = _at_least(x, labels)
-        own, cumulative = at_class(odds, labels), (odds * ahead).sum(0)
-        score = _adaptive(cumulative, own, total, _draws(self, position, odds))
-        return score + self._cost(ahead.sum(0))
+        parts = in_parts(x)
+        odds, total = _softmax(parts)
+        ahead = _at_least(parts, labels)
+        own, cumulative = at_class(odds, labels), _sum_where(ahead, odds)
+        score = _adaptive(cumulative, own, total, _draws(self, position, own))
+        return score + self._cost(how_many(ahead))
 
     def _cost(self, rank: Tensor) -> Tensor:
         return self.penalty * (rank - self.k_reg).clamp(min=0)
@@ -260,16 +282,18 @@ class SAPS:
         """As for :class:`LAC`, and one rounding of a number as large as the range."""
         return _softmax_tolerance(num_classes) + 2 * _ULP * self.range(num_classes)[1]
 
-    def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
+    def columns(self, x: Tensor | Parts, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
-        _, total = _softmax(x)
+        x = joined(in_parts(x))
+        _, total = _softmax((x,))
         rank = _ranks(x)
         return self._score(rank, 1 / total, position)
 
-    def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
+    def label_columns(self, x: Tensor | Parts, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
-        _, total = _softmax(x)
-        return self._score(_at_least(x, labels).sum(0), 1 / total, position)
+        parts = in_parts(x)
+        _, total = _softmax(parts)
+        return self._score(how_many(_at_least(parts, labels)), 1 / total, position)
 
     def _score(self, rank: Tensor, top: Tensor, position: Tensor) -> Tensor:
         if not self.randomized:
@@ -312,19 +336,21 @@ class Margin:
         """As for :class:`LAC`, twice: a difference of two probabilities."""
         return 2 * _softmax_tolerance(num_classes)
 
-    def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
+    def columns(self, x: Tensor | Parts, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
         del position
-        odds, total = _softmax(x)
-        is_top = class_index(x) == top_class(x)
+        x = joined(in_parts(x))
+        (odds,), total = _softmax((x,))
+        is_top = class_index((x,))[0] == top_class((x,)).int()
         second = torch.where(is_top, 0.0, odds).amax(0)  # 0 where there is no other class
         return (torch.where(is_top, second, odds.amax(0)) - odds) / total
 
-    def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
+    def label_columns(self, x: Tensor | Parts, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         del position
-        odds, total = _softmax(x)
-        rival = torch.where(class_index(x) == labels, 0.0, odds).amax(0)
+        odds, total = _softmax(in_parts(x))
+        narrow, pairs = labels.int(), zip(class_index(odds), odds, strict=True)
+        rival = largest([torch.where(index == narrow, 0.0, part) for index, part in pairs])
         return (rival - at_class(odds, labels)) / total
 
 
@@ -369,20 +395,21 @@ class TopK:
         """None without draws, as ranks are the same numbers in every path; else one rounding."""
         return 2 * _ULP * num_classes if self.randomized else 0.0
 
-    def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
+    def columns(self, x: Tensor | Parts, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
-        rank = _ranks(x)
-        return self._score(x, rank, position)
+        x = joined(in_parts(x))
+        return self._score(x, _ranks(x), position)
 
-    def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
+    def label_columns(self, x: Tensor | Parts, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
-        return self._score(x, _at_least(x, labels).sum(0), position)
+        return self._score(x, how_many(_at_least(in_parts(x), labels)), position)
 
-    def _score(self, x: Tensor, rank: Tensor, position: Tensor) -> Tensor:
-        score = rank.to(x.dtype)
+    def _score(self, x: Tensor | Parts, rank: Tensor, position: Tensor) -> Tensor:
+        most = largest(in_parts(x))
+        score = rank.to(most.dtype)
         if self.randomized:
-            score = score - uniform(self.seed, position).to(x.dtype)
-        return torch.where(x.amax(0).isfinite(), score, torch.nan)
+            score = score - uniform(self.seed, position).to(most.dtype)
+        return torch.where(most.isfinite(), score, torch.nan)
 
 
 def logits_from_probabilities(probabilities: Tensor) -> Tensor:
@@ -483,35 +510,44 @@ def _mix_key(h: int) -> int:
 # --- columns: x is (C, N), labels (N,) -----------------------------------------------------------
 
 
-def _softmax(x: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax(parts: Parts) -> tuple[Parts, Tensor]:
     """``exp(x - max)`` and its sum: probabilities are their quotient. NaN where x is unusable."""
-    odds = (x - x.amax(0)).exp()
-    return odds, odds.sum(0)
+    most = largest(parts)
+    odds = [(part - most).exp() for part in parts]
+    return odds, summed(odds)
 
 
 def _softmax_tolerance(num_classes: int) -> float:
     return (2 * num_classes + 16) * _ULP
 
 
-def class_index(x: Tensor) -> Tensor:
-    """The class of each row of a block ``(C, N)``. int64 ``(C, 1)``."""
-    return torch.arange(x.shape[0], device=x.device)[:, None]
+def scores_in_parts(score: "ColumnScore", x: Parts, position: Tensor) -> Parts:
+    """Scores of all classes of a block, in its parts."""
+    if isinstance(score, LAC):
+        return score.parts(x, position)
+    return aligned(score.columns(joined(x), position), x)
 
 
-def at_class(values: Tensor, labels: Tensor) -> Tensor:
-    """Each pixel's value of its label. ``(C, N)`` and ``(N,)`` to ``(N,)``."""
-    if torch.compiler.is_compiling():  # a sum over classes is vectorised, an index is not
-        own = class_index(values) == labels
-        if values.dtype == torch.bool:
-            return any_class(own & values)
-        return torch.where(own, values, 0).sum(0)
-    return values.gather(0, labels[None])[0]
+def label_scores_in_parts(
+    score: "ColumnScore", x: Parts, position: Tensor, labels: Tensor
+) -> Tensor:
+    """Scores of labels, int64 in ``[0, C)``, of a block in parts. ``(N,)``."""
+    if isinstance(score, (LAC, APS, RAPS, SAPS, Margin, TopK)):
+        return score.label_columns(x, position, labels)
+    return score.label_columns(joined(x), position, labels)
 
 
-def _at_least(x: Tensor, labels: Tensor) -> Tensor:
-    """The classes that rank no later than the label, itself included. Bool ``(C, N)``."""
-    own = at_class(x, labels)
-    return (x > own) | ((x == own) & (class_index(x) <= labels))
+def _at_least(parts: Parts, labels: Tensor) -> Parts:
+    """The classes that rank no later than the label, itself included. Bool."""
+    own, narrow = at_class(parts, labels), labels.int()
+    return [
+        (part > own) | ((part == own) & (index <= narrow))
+        for part, index in zip(parts, class_index(parts), strict=True)
+    ]
+
+
+def _sum_where(masks: Parts, values: Parts) -> Tensor:
+    return summed([part * mask for part, mask in zip(values, masks, strict=True)])
 
 
 def _cumulative(x: Tensor, odds: Tensor) -> Tensor:
@@ -546,7 +582,7 @@ _PAIRS = 64
 def _pairs(x: Tensor) -> Iterator[Tensor]:
     """For each class, those that rank no later than it, itself included. Bool ``(C, N)``."""
     for c, own in enumerate(x.unbind()):
-        yield (x > own) | ((x == own) & (class_index(x).int() <= c))
+        yield (x > own) | ((x == own) & (class_index((x,))[0] <= c))
 
 
 def _pairs_in_place(x: Tensor) -> Iterator[Tensor]:
@@ -562,37 +598,6 @@ def _pairs_in_place(x: Tensor) -> Iterator[Tensor]:
 def _order(x: Tensor) -> Tensor:
     """Classes from the largest logit down, equal ones by index. int64 ``(N, C)``."""
     return x.t().contiguous().argsort(dim=1, descending=True, stable=True)
-
-
-def first_class(mask: Tensor) -> Tensor:
-    """The first class that is marked, 0 where none is. Bool ``(C, N)`` to integers ``(N,)``.
-
-    What ``argmax(0)`` does, an order of magnitude faster: along an axis that is not the last,
-    torch vectorises a maximum but not its index.
-    """
-    classes = len(mask)
-    if torch.compiler.is_compiling():
-        first = torch.where(mask, class_index(mask).int(), classes).amin(0)
-        return torch.where(first < classes, first, 0)
-    dtype = torch.uint8 if classes <= 255 else torch.int32
-    countdown = torch.arange(classes, 0, -1, dtype=dtype, device=mask.device)
-    left = (mask * countdown[:, None]).amax(0).long()
-    return (classes - left) * (left > 0)
-
-
-def any_class(mask: Tensor) -> Tensor:
-    """Whether any class is marked. Bool ``(C, N)`` to bool ``(N,)``.
-
-    As :func:`first_class`, in the form that is vectorised: floats in a kernel, bytes without.
-    """
-    if torch.compiler.is_compiling():
-        return torch.where(mask, 1.0, 0.0).amax(0) > 0
-    return mask.view(torch.uint8).amax(0) > 0
-
-
-def top_class(x: Tensor) -> Tensor:
-    """The class with the largest logit, the first of equals; 0 where a logit is NaN. ``(N,)``."""
-    return first_class(x == x.amax(0))
 
 
 def _settle(score: APS | RAPS | SAPS | TopK) -> None:
@@ -642,18 +647,18 @@ class ColumnScore(Protocol):
 class _All:
     score: ColumnScore
 
-    def __call__(self, x: Tensor, position: Tensor, /, *_: Tensor) -> tuple[Tensor, ...]:
-        return (self.score.columns(x, position),)
+    def __call__(self, x: Parts, position: Tensor, /, *_: Tensor) -> tuple[Tensor, ...]:
+        return (joined(scores_in_parts(self.score, x, position)),)
 
 
 @dataclass(frozen=True, slots=True)
 class _Labels:
     score: ColumnScore
 
-    def __call__(self, x: Tensor, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, x: Parts, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
         labels = beside[0][0]
-        known = (labels >= 0) & (labels < len(x))
-        scores = self.score.label_columns(x, position, labels * known)
+        known = (labels >= 0) & (labels < num_classes(x))
+        scores = label_scores_in_parts(self.score, x, position, labels * known)
         return (torch.where(known, scores, torch.nan),)
 
 

@@ -4,6 +4,7 @@ Sizes, membership, unions and coverage come straight from the words.
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from math import prod
 from typing import Self, final
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
+from cpseg._classes import Parts, aligned
 from cpseg.errors import InputError
 
 __all__ = ["PackedSets"]
@@ -71,7 +73,7 @@ class PackedSets:
         shape = (batch, _num_words(classes), flat.shape[2])
         words = torch.empty(shape, dtype=torch.int32, device=sets.device)
         for b, part in _parts(flat.shape, sets.device):
-            words[b, :, part] = pack(flat[b, :, part])
+            words[b, :, part] = pack((flat[b, :, part],))
         return cls(words.view(batch, shape[1], *space), classes)
 
     def unpack(self) -> Tensor:
@@ -158,15 +160,15 @@ class PackedSets:
             raise InputError(f"other must have (classes, shape) = {mine}; got {theirs}")
 
 
-def pack(member: Tensor) -> Tensor:
-    """Bool ``(C, N)`` to int32 words ``(ceil(C / 32), N)``."""
-    words = []
-    for start in range(0, len(member), _BITS):
-        some = member[start : start + _BITS]
-        bits = torch.tensor([_bit(c) for c in range(len(some))], dtype=torch.int32)
-        marked = torch.where(some, bits.to(member.device)[:, None], 0)
-        words.append(marked.sum(0, dtype=torch.int32))
-    return torch.stack(words)
+def pack(members: Parts) -> Tensor:
+    """Bool parts of a block ``(C, N)`` to int32 words ``(ceil(C / 32), N)``."""
+    classes = sum(len(member) for member in members)
+    bits = torch.tensor([_bit(c % _BITS) for c in range(classes)], dtype=torch.int32)
+    values = aligned(bits.to(members[0].device)[:, None], members)
+    marked = [torch.where(*pair, 0) for pair in zip(members, values, strict=True)]
+    if len(marked) > 1:  # a class each, and no more than fit one word
+        return reduce(torch.bitwise_or, marked)
+    return torch.stack([word.sum(0, dtype=torch.int32) for word in marked[0].split(_BITS)])
 
 
 def _unpack(words: Tensor, classes: int) -> Tensor:

@@ -29,7 +29,7 @@ from cpseg import (
     gather,
     merge_all,
 )
-from cpseg.accumulate import Evidence, Exact, Histogram, count, upward
+from cpseg.accumulate import Evidence, Exact, Histogram, occurrences, upward
 from cpseg.errors import InputError
 from cpseg.protocols import Score
 from cpseg.quantile import MAX_UNITS, UNIT_MASS, budget
@@ -155,7 +155,7 @@ def test_counts_beyond_float32_are_exact(kind: str) -> None:
     cell = store.cells(torch.tensor([0.5]))
     store.add(cell, torch.tensor([2**53]))
     for _ in range(3):
-        evidence.add(cell.view(1, 1), torch.tensor([[0]]), torch.tensor([[True]]), unit_ids=None)
+        evidence.add(cell.view(1, 1), torch.tensor([[0]]), torch.tensor([[1, 0]]), unit_ids=None)
     assert evidence.num_units.tolist() == [many + 3, many]
     assert evidence.num_pixels.tolist() == [many + 3, many]
     mass = "mass" if kind == "exact" else "mass+"
@@ -163,9 +163,34 @@ def test_counts_beyond_float32_are_exact(kind: str) -> None:
 
 
 def test_a_unit_of_more_pixels_than_float32_counts_is_counted() -> None:
-    counts = torch.zeros(2, dtype=torch.int64)
-    count(counts, torch.zeros(2**24 + 3, dtype=torch.int64))
-    assert counts.tolist() == [2**24 + 3, 0]
+    counts = occurrences(torch.zeros((1, 2**24 + 3), dtype=torch.uint8), 2)
+    assert counts.tolist() == [[2**24 + 3, 0]]
+
+
+@given(
+    values=st.lists(st.lists(st.integers(0, 6), min_size=5, max_size=5), min_size=1, max_size=4),
+    part=st.integers(1, 30),
+)
+def test_occurrences_are_those_of_each_entry(values: list[list[int]], part: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpseg.accumulate, "_PART_PIXELS", {"cpu": part})
+        for dtype in (torch.uint8, torch.int32, torch.int64):
+            found = occurrences(torch.tensor(values, dtype=dtype), 7)
+            assert found.tolist() == [[row.count(value) for value in range(7)] for row in values]
+
+
+def test_pixels_that_do_not_count_are_in_no_row() -> None:
+    for store in (Exact(2), Histogram(2, 0.0, 1.0)):
+        evidence = Evidence(store, by_unit=True, device="cpu")
+        cells = store.cells(torch.tensor([[0.5, 0.25, 0.5, 0.75]]))
+        cells[0, 3] = store.num_cells
+        rows = torch.tensor([[0, 1, 0, 5]], dtype=torch.uint8)
+        evidence.add(cells, rows, torch.tensor([[2, 1]]), unit_ids=None)
+        evidence.add(cells, rows, torch.tensor([[2, 1]]), unit_ids=[7])
+        evidence.close([7])
+        assert evidence.num_units.tolist() == [2, 2]
+        assert evidence.num_pixels.tolist() == [4, 2]
+        assert store.above(torch.tensor([0.0, 0.0])).tolist() == [2 * UNIT_MASS, 2 * UNIT_MASS]
 
 
 @pytest.mark.parametrize("n", [99, 199, 999])
@@ -175,7 +200,7 @@ def test_ranks_are_those_of_the_decimal(n: int, *, by_unit: bool) -> None:
     evidence = Evidence(Exact(1), by_unit=by_unit, device="cpu")
     scores = torch.arange(1.0, n + 1)[:, None]
     cells = evidence.store.cells(scores)
-    evidence.add(cells, torch.zeros(n, 1).long(), scores > 0, unit_ids=None)
+    evidence.add(cells, None, torch.ones(n, 1).long(), unit_ids=None)
     for percent in range(1, 100):
         rank = -(-(n + 1) * (100 - percent) // 100)
         assert evidence.quantiles([percent / 100]).tolist() == [rank if rank <= n else math.inf]
@@ -202,7 +227,7 @@ def test_masses_are_rounded_up() -> None:
         evidence = Evidence(Exact(1), by_unit=True, device="cpu")
         zeros = torch.zeros(1, pixels)
         cells = evidence.store.cells(zeros)
-        evidence.add(cells, zeros.long(), zeros == 0, unit_ids=None)
+        evidence.add(cells, None, torch.tensor([[pixels]]), unit_ids=None)
         assert int(evidence.state()["mass"].sum()) == -(-UNIT_MASS // pixels) * pixels >= UNIT_MASS
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "cpseg"
 
 LEVELS = [
-    {"errors", "protocols"},
+    {"errors", "protocols", "_classes"},
     {"_checks", "_tiles"},
     {"quantile", "bounds", "scores", "sets", "morphology"},
     {"accumulate", "fitted"},

@@ -1134,10 +1134,11 @@ def test_a_starved_groups_largest_score_stands_for_its_quantile() -> None:
         Evidence(Exact(1), by_unit=True, device="cpu"),
     )
     scores = torch.full((9, 1), 0.25)
-    pooled.add(pooled.store.cells(scores), torch.zeros(9, 1).long(), scores > 0, None)
+    pooled.add(pooled.store.cells(scores), None, torch.ones(9, 1).long(), None)
     for row, highest in ((0, 0.5), (1, 0.125), (2, 0.875)):  # row 3 is never seen
         place = torch.full((1, 2), row)
-        own.add(own.store.cells(torch.tensor([[highest, 0.0]])), place, place >= 0, None)
+        counted = torch.tensor([[2 * (group == row) for group in range(4)]])
+        own.add(own.store.cells(torch.tensor([[highest, 0.0]])), place, counted, None)
     found = fitted.thresholds(own, pooled, [0.1] * 4)
     # Half of the way from 0.25 to: its own; the pooled one, never below; the cap; the cap.
     assert found.tolist() == [0.375, 0.25, 0.5, 0.5]
