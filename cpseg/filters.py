@@ -29,8 +29,10 @@ from cpseg._classes import (
     best_of,
     class_index,
     how_many,
+    joined,
     largest,
     num_classes,
+    summed,
     top_class,
 )
 from cpseg._tiles import Columns, walk
@@ -596,8 +598,7 @@ class _Decide:
     ignore_index: int
 
     def __call__(self, x: Parts, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
-        classes, pixels = num_classes(x), x[0].shape[1]
-        limits = aligned(limit_of(self.axes, beside).expand(classes, pixels), x)
+        limits = _limits(self.axes, beside, x)
 
         def inside(labels: Tensor) -> Tensor:
             own = at_class(limits, labels)
@@ -607,14 +608,12 @@ class _Decide:
         if self._tests_suffice:
             label, reason = self.rule.by_tests(x, inside)
         else:
-            pairs = zip(scores_in_parts(self.score, x, position), limits, strict=True)
-            # Nothing is at most -inf: a class without a finite threshold is no member.
-            members = [part <= torch.where(own.isinf(), -torch.inf, own) for part, own in pairs]
+            members = _members(scores_in_parts(self.score, x, position), limits)
             label, reason = self.rule.by_sets(x, members)
         reason = torch.where(at_class(limits, top_class(x)).isinf(), _STARVED, reason)
         reason = torch.where(largest(x).isfinite(), reason, _UNUSABLE)
         label = torch.where(reason == _KEPT, label, self.ignore_index)
-        small = classes <= 255 and 0 <= self.ignore_index <= 255
+        small = num_classes(x) <= 255 and 0 <= self.ignore_index <= 255
         return label.to(torch.uint8) if small else label, reason.to(torch.uint8)
 
     @property
@@ -632,14 +631,28 @@ class _Soften:
     score: ColumnScore
     axes: tuple[str, ...]
 
-    def __call__(self, x: Tensor, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
-        limit = limit_of(self.axes, beside).expand(x.shape)
-        member = (self.score.columns(x, position) <= limit) & limit.isfinite()
-        usable = x.amax(0).isfinite() & ~at_class(limit, top_class(x)).isinf()
-        best = torch.where(member, x, -torch.inf).amax(0)  # may lie far below the most likely class
-        weight = torch.where(member & usable & best.isfinite(), (x - best).exp(), 0)
-        total = weight.sum(0)
-        return (torch.where(total > 0, weight / total, 0),)
+    def __call__(self, x: Parts, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
+        limits = _limits(self.axes, beside, x)
+        members = _members(scores_in_parts(self.score, x, position), limits)
+        usable = largest(x).isfinite() & ~at_class(limits, top_class(x)).isinf()
+        pairs = list(zip(x, members, strict=True))
+        # The best member may lie far below the most likely class.
+        best = largest([torch.where(member, part, -torch.inf) for part, member in pairs])
+        usable &= best.isfinite()
+        odds = [torch.where(member & usable, (part - best).exp(), 0) for part, member in pairs]
+        total = summed(odds)
+        return (joined([torch.where(total > 0, part / total, 0) for part in odds]),)
+
+
+def _limits(axes: tuple[str, ...], beside: tuple[Tensor, ...], x: Parts) -> Parts:
+    """The threshold of every class at every pixel, in the parts of the block."""
+    return aligned(limit_of(axes, beside).expand(num_classes(x), x[0].shape[1]), x)
+
+
+def _members(scores: Parts, limits: Parts) -> Parts:
+    """The members of the set with a finite threshold: nothing is at most ``-inf``."""
+    pairs = zip(scores, limits, strict=True)
+    return [part <= torch.where(limit.isinf(), -torch.inf, limit) for part, limit in pairs]
 
 
 def _decide(mask_filter: _AnyFilter, logits: Tensor, groups: Tensor | None) -> Decision:
