@@ -23,7 +23,6 @@ from torch import Tensor
 from cpseg import _checks
 from cpseg._classes import (
     Parts,
-    aligned,
     any_class,
     at_class,
     best_of,
@@ -38,7 +37,7 @@ from cpseg._classes import (
 from cpseg._tiles import Columns, walk
 from cpseg.calibration import Calibration
 from cpseg.errors import InputError
-from cpseg.predictors import check_calibration, limit_of, run
+from cpseg.predictors import check_calibration, limits_of, run
 from cpseg.scores import ColumnScore, label_scores_in_parts, scores_in_parts
 
 __all__ = [
@@ -598,7 +597,7 @@ class _Decide:
     ignore_index: int
 
     def __call__(self, x: Parts, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
-        limits = _limits(self.axes, beside, x)
+        limits = limits_of(self.axes, beside, x)
 
         def inside(labels: Tensor) -> Tensor:
             own = at_class(limits, labels)
@@ -632,7 +631,7 @@ class _Soften:
     axes: tuple[str, ...]
 
     def __call__(self, x: Parts, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
-        limits = _limits(self.axes, beside, x)
+        limits = limits_of(self.axes, beside, x)
         members = _members(scores_in_parts(self.score, x, position), limits)
         usable = largest(x).isfinite() & ~at_class(limits, top_class(x)).isinf()
         pairs = list(zip(x, members, strict=True))
@@ -642,11 +641,6 @@ class _Soften:
         odds = [torch.where(member & usable, (part - best).exp(), 0) for part, member in pairs]
         total = summed(odds)
         return (joined([torch.where(total > 0, part / total, 0) for part in odds]),)
-
-
-def _limits(axes: tuple[str, ...], beside: tuple[Tensor, ...], x: Parts) -> Parts:
-    """The threshold of every class at every pixel, in the parts of the block."""
-    return aligned(limit_of(axes, beside).expand(num_classes(x), x[0].shape[1]), x)
 
 
 def _members(scores: Parts, limits: Parts) -> Parts:

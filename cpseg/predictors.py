@@ -110,7 +110,7 @@ def run(
     *,
     compiled: bool,
 ) -> tuple[Tensor, ...]:
-    """Run ``columns(score)`` over a batch, with what :func:`limit_of` needs beside the logits."""
+    """Run ``columns(score)`` over a batch, with what :func:`limits_of` needs beside the logits."""
     check_input(calibration, logits, groups)
     thresholds = calibration.thresholds.to(logits.device)
     near, fixed = beside_of(calibration.axes, thresholds, logits, groups)
@@ -120,26 +120,28 @@ def run(
 def beside_of(
     axes: tuple[str, ...], thresholds: Tensor, logits: Tensor, groups: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What :func:`limit_of` needs: near each pixel, and for all of them."""
+    """What :func:`limits_of` needs: near each pixel, and for all of them."""
     near = [] if groups is None else [groups if groups.ndim == logits.ndim - 1 else groups[None]]
     if axes == ("location",):
         return [thresholds[None, None]], []
     return [rows[:, None] for rows in near], [thresholds]
 
 
-def limit_of(axes: tuple[str, ...], beside: tuple[Tensor, ...]) -> Tensor:
-    """The threshold of every class at every pixel of a block; broadcasts to ``(C, N)``.
+def limits_of(axes: tuple[str, ...], beside: tuple[Tensor, ...], x: Parts) -> Parts:
+    """The threshold of every class at every pixel of a block, in its parts; each ``(K, N)``.
 
     ``+inf`` where the group is out of range.
     """
     if axes == ("location",):
-        return beside[0]
-    if "group" not in axes:
-        return beside[0][:, None]
-    index, thresholds = beside[0][0], beside[1]
-    known = (index >= 0) & (index < len(thresholds))
-    limit = thresholds.view(len(thresholds), -1)[index * known].t()
-    return torch.where(known, limit, torch.inf)
+        limit = beside[0]
+    elif "group" not in axes:
+        limit = beside[0][:, None]
+    else:
+        index, thresholds = beside[0][0], beside[1]
+        known = (index >= 0) & (index < len(thresholds))
+        limit = thresholds.view(len(thresholds), -1)[index * known].t()
+        limit = torch.where(known, limit, torch.inf)
+    return aligned(limit.expand(num_classes(x), x[0].shape[1]), x)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +161,7 @@ class _Sets:
     def members(self, x: Parts, position: Tensor, beside: tuple[Tensor, ...]) -> Parts:
         """Whether each class is in, in the parts of the block."""
         scores = scores_in_parts(self.score, x, position)
-        limits = aligned(limit_of(self.axes, beside).expand(num_classes(x), x[0].shape[1]), x)
+        limits = limits_of(self.axes, beside, x)
         members = [~(part > limit) for part, limit in zip(scores, limits, strict=True)]
         if not self.force_top:
             return members
