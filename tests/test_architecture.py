@@ -83,7 +83,7 @@ UNLISTED = {
     "cpseg.calibration": {"call_of", "describe_score", "score_from_description"},
     "cpseg.filters": {"best_of", "columns_of", "proposals", "rule_of"},
     "cpseg.predictors": {
-        *("beside_of", "check_calibration", "check_input", "columns_of", "limit_of", "run")
+        *("beside_of", "check_calibration", "check_input", "columns_of", "limits_of", "run")
     },
     "cpseg.quantile": {"UNIT_MASS", "budget", "mass_above"},
     "cpseg.scores": {
