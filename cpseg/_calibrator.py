@@ -683,7 +683,7 @@ class _Scored:
         clean = labels * known
         scores = upward(label_scores_in_parts(self.score, x, position, clean))
         code = torch.where(self.scales[0].fits(scores), -1, _BEYOND)
-        code = torch.where(scores.isnan(), _UNUSABLE, code)
+        code = torch.where(scores == scores, code, _UNUSABLE)  # noqa: PLR0124 - NaN, vectorised
         missing = torch.where(labels == self.ignore_index, _IGNORED, _UNKNOWN)
         code = torch.where(known, code, missing)
         counts = code < 0
@@ -695,11 +695,14 @@ class _Scored:
 
 
 def data_mark(labels: Tensor, logits: Tensor) -> Tensor:
-    """A hash of each pixel's label and of that class's logit, whatever the score. int16."""
+    """A hash of each pixel's label and of that class's logit, whatever the score. int32.
+
+    Not narrower: a kernel that holds anything of int16 is not vectorised.
+    """
     mark = (labels.int() * 0x5BD1E995) ^ logits.float().view(torch.int32)
     mark = mark * 0x2C1B3C6D
     mark = (mark ^ (mark >> 15)) * 0x297A2D39
-    return (mark ^ (mark >> 15)).to(torch.int16)
+    return mark ^ (mark >> 15)
 
 
 def _check_state(state: Mapping[str, object]) -> None:
