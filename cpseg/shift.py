@@ -113,7 +113,8 @@ class WeightedCalibration:
         Raises:
             InputError: If a weight is negative, NaN or infinite.
         """
-        new, which = _weights("weights", weights, len(weights)).unique(return_inverse=True)
+        checked = _weights("weights", weights, len(weights))
+        new, which = torch.unique(checked, return_inverse=True)
         share = level(self.alpha)
         masses = [_scaled(weight, float(self.weights.max())) for weight in new.tolist()]
         # What may lie strictly above the threshold; exact, and below 0 if even nothing may.

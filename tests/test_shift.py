@@ -138,6 +138,16 @@ def test_what_weights_promise_is_held_to_the_last_bit_against_exact_sums() -> No
         assert worst <= Fraction(3, 10) * (total + Fraction(new))
 
 
+def test_a_weight_too_small_to_count_is_held_against_the_threshold() -> None:
+    # The two hardest images weigh 1 + 2**-41 of 2 + 2**-41: by a hair more than half.
+    logits = torch.tensor([[0.0, 2.0], [0.0, 1.0], [2.0, 0.0]])
+    labels = torch.zeros(3, dtype=torch.int64)
+    weights = torch.tensor([1.0, 2.0**-41, 1.0], dtype=torch.float64)
+    calibration = WeightedCalibrator().update(logits, labels, weights).compute(0.5)
+    limit = calibration.thresholds(torch.zeros(1)).item()
+    assert LAC().of_labels(logits, labels)[1] <= limit < LAC().of_labels(logits, labels)[0]
+
+
 def test_each_image_gets_the_threshold_of_its_weight() -> None:
     logits, labels = images(30)
     weights = torch.linspace(0, 2, 30)
