@@ -532,7 +532,7 @@ def main(words: list[str]) -> None:
     torch.set_num_threads(1)
     if given.quick:
         with TemporaryDirectory() as folder:
-            print(quick(ARMS, 60, (0, 1), Path(folder)))
+            print(quick(ARMS, 30, (0, 1), Path(folder)))
         return
     if given.table:
         print(table(given.results))
