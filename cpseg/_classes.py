@@ -45,7 +45,7 @@ def num_classes(parts: Parts) -> int:
 
 def aligned(values: Tensor, parts: Parts) -> Parts:
     """Something else of the same classes, ``(C, N)``, in the same parts."""
-    return values.split([len(part) for part in parts])
+    return torch.split(values, [len(part) for part in parts])
 
 
 def joined(parts: Parts) -> Tensor:
@@ -75,9 +75,12 @@ def how_many(masks: Parts) -> Tensor:
 
 
 def at_class(values: Parts, labels: Tensor) -> Tensor:
-    """Each pixel's value of its label, int64 in ``[0, C)``. ``(N,)``."""
+    """Each pixel's value of its label, int64 in ``[0, C)``. ``(N,)``.
+
+    Values may be ``(K, 1)``, the same for all pixels.
+    """
     if not torch.compiler.is_compiling():
-        return joined(values).gather(0, labels[None])[0]
+        return joined(values).expand(-1, len(labels)).gather(0, labels[None])[0]
     # In a kernel, a sum over classes is vectorised and an index is not.
     narrow = labels.int()
     own = [index == narrow for index in class_index(values)]

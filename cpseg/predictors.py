@@ -128,9 +128,10 @@ def beside_of(
 
 
 def limits_of(axes: tuple[str, ...], beside: tuple[Tensor, ...], x: Parts) -> Parts:
-    """The threshold of every class at every pixel of a block, in its parts; each ``(K, N)``.
+    """The threshold of every class at every pixel of a block, in its parts.
 
-    ``+inf`` where the group is out of range.
+    Each ``(K, N)``, or ``(K, 1)`` where a class has one for all pixels; ``+inf`` where the group is
+    out of range.
     """
     if axes == ("location",):
         limit = beside[0]
@@ -141,7 +142,7 @@ def limits_of(axes: tuple[str, ...], beside: tuple[Tensor, ...], x: Parts) -> Pa
         known = (index >= 0) & (index < len(thresholds))
         limit = thresholds.view(len(thresholds), -1)[index * known].t()
         limit = torch.where(known, limit, torch.inf)
-    return aligned(limit.expand(num_classes(x), x[0].shape[1]), x)
+    return aligned(limit.expand(num_classes(x), -1), x)
 
 
 @dataclass(frozen=True, slots=True)

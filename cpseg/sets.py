@@ -168,7 +168,7 @@ def pack(members: Parts) -> Tensor:
     marked = [torch.where(*pair, 0) for pair in zip(members, values, strict=True)]
     if len(marked) > 1:  # a class each, and no more than fit one word
         return reduce(torch.bitwise_or, marked)
-    return torch.stack([word.sum(0, dtype=torch.int32) for word in marked[0].split(_BITS)])
+    return torch.stack([word.sum(0, dtype=torch.int32) for word in torch.split(marked[0], _BITS)])
 
 
 def _unpack(words: Tensor, classes: int) -> Tensor:

@@ -173,7 +173,7 @@ def test_a_unit_of_more_pixels_than_float32_counts_is_counted() -> None:
 )
 def test_occurrences_are_those_of_each_entry(values: list[list[int]], part: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpseg.accumulate, "_PART_PIXELS", {"cpu": part})
+        patch.setattr(accumulate, "_PART_PIXELS", {"cpu": part})
         for dtype in (torch.uint8, torch.int32, torch.int64):
             found = occurrences(torch.tensor(values, dtype=dtype), 7)
             assert found.tolist() == [[row.count(value) for value in range(7)] for row in values]
