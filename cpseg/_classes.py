@@ -20,11 +20,13 @@ __all__ = [
     "best_of",
     "class_index",
     "first_class",
+    "first_equal",
     "how_many",
     "in_parts",
     "joined",
     "largest",
     "num_classes",
+    "of_class",
     "summed",
     "top_class",
 ]
@@ -57,6 +59,15 @@ def class_index(parts: Parts) -> Parts:
     """The class of each row, int32 ``(K, 1)``."""
     classes = torch.arange(num_classes(parts), dtype=torch.int32, device=parts[0].device)
     return aligned(classes[:, None], parts)
+
+
+def of_class(parts: Parts, index: int) -> Tensor:
+    """One class's row. ``(N,)``."""
+    for part in parts:
+        if index < len(part):
+            return part[index]
+        index -= len(part)
+    raise IndexError(index)
 
 
 def largest(parts: Parts) -> Tensor:
@@ -121,8 +132,12 @@ def any_class(masks: Parts) -> Tensor:
 
 def top_class(parts: Parts) -> Tensor:
     """The class with the largest logit, the first of equals; 0 where a logit is NaN. ``(N,)``."""
-    most = largest(parts)
-    return first_class([part == most for part in parts])
+    return first_equal(parts, largest(parts))
+
+
+def first_equal(parts: Parts, values: Tensor) -> Tensor:
+    """The first class of that value, 0 where there is none. ``(N,)``."""
+    return first_class([part == values for part in parts])
 
 
 def best_of(parts: Parts, choice: Parts) -> Tensor:

@@ -27,10 +27,12 @@ from cpseg._classes import (
     at_class,
     best_of,
     class_index,
+    first_equal,
     how_many,
     joined,
     largest,
     num_classes,
+    of_class,
     summed,
     top_class,
 )
@@ -547,10 +549,9 @@ class _ForegroundFirst:
         return _in_turn(self.proposed(parts), inside)
 
     def by_sets(self, parts: Parts, members: Parts) -> tuple[Tensor, Tensor]:
-        pairs = list(zip(members, self._foreground(parts), strict=True))
+        pairs = zip(members, self._foreground(parts), strict=True)
         label, reason = _best(parts, [member & mask for member, mask in pairs])
-        behind = any_class([member & ~mask for member, mask in pairs])
-        alone = (reason == _EMPTY) & behind
+        alone = (reason == _EMPTY) & of_class(members, self.background)
         return torch.where(alone, self.background, label), torch.where(alone, _KEPT, reason)
 
     def _foreground(self, parts: Parts) -> Parts:
@@ -609,8 +610,10 @@ class _Decide:
         else:
             members = _members(scores_in_parts(self.score, x, position), limits)
             label, reason = self.rule.by_sets(x, members)
-        reason = torch.where(at_class(limits, top_class(x)).isinf(), _STARVED, reason)
-        reason = torch.where(largest(x).isfinite(), reason, _UNUSABLE)
+        most = largest(x)
+        starved = at_class(limits, first_equal(x, most)).isinf()
+        reason = torch.where(starved, _STARVED, reason)
+        reason = torch.where(most.isfinite(), reason, _UNUSABLE)
         label = torch.where(reason == _KEPT, label, self.ignore_index)
         small = num_classes(x) <= 255 and 0 <= self.ignore_index <= 255
         return label.to(torch.uint8) if small else label, reason.to(torch.uint8)
@@ -633,7 +636,8 @@ class _Soften:
     def __call__(self, x: Parts, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
         limits = limits_of(self.axes, beside, x)
         members = _members(scores_in_parts(self.score, x, position), limits)
-        usable = largest(x).isfinite() & ~at_class(limits, top_class(x)).isinf()
+        most = largest(x)
+        usable = most.isfinite() & ~at_class(limits, first_equal(x, most)).isinf()
         pairs = list(zip(x, members, strict=True))
         # The best member may lie far below the most likely class.
         best = largest([torch.where(member, part, -torch.inf) for part, member in pairs])
