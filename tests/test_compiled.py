@@ -58,6 +58,14 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes one by one where thresholds differ by class, all at once elsewhere: it is faster."""
+    values = request.node.callspec.params
+    one_by_one = values["axes"] == "class" or (values["axes"], values["score"]) == ("both", LAC())
+    monkeypatch.setattr(cpseg._tiles, "_ROWS", C if one_by_one else 0)
+
+
+@pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything of a compiled path but the machine code, in a fraction of the time."""
     compiler = torch.compile
@@ -114,7 +122,7 @@ def moved(calibration: Calibration, by: float) -> Calibration:
     return replace(calibration, thresholds=calibration.thresholds + by)
 
 
-@pytest.mark.usefixtures("traced")
+@pytest.mark.usefixtures("traced", "parts")
 @every_case
 @pytest.mark.parametrize("score", SCORES, ids=str)
 def test_sets_are_those_of_the_eager_path(score: Any, axes: str, kind: str) -> None:
@@ -140,7 +148,7 @@ def test_the_top_class_is_forced_in() -> None:
     assert torch.equal(forced, plain.scatter(1, logits.argmax(1, keepdim=True), value=True))
 
 
-@pytest.mark.usefixtures("traced")
+@pytest.mark.usefixtures("traced", "parts")
 @every_case
 @pytest.mark.parametrize("make", FILTERS)
 @pytest.mark.parametrize("score", [LAC(), APS()], ids=str)
