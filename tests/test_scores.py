@@ -236,8 +236,9 @@ def layouts(logits: Tensor) -> dict[str, Tensor]:
 
 
 @every_score
-def test_strides_do_not_change_a_bit(case: Case) -> None:
-    logits = normal(3, 21, 5, 7)
+@pytest.mark.parametrize("shape", [(3, 21, 5, 7), (1, 21, 8, 12)], ids=["copied", "viewed"])
+def test_strides_do_not_change_a_bit(case: Case, shape: tuple[int, ...]) -> None:
+    logits = normal(*shape)
     labels = some_labels(logits)
     wanted = case.score(logits), case.score.of_labels(logits, labels)
     strided = labels.transpose(1, 2).contiguous().transpose(1, 2)
