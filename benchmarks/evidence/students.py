@@ -467,7 +467,8 @@ def table(results: Path) -> str:
             }
             for arm in sorted(arms, key=list(ARMS).index):
                 values, any_row = score[arm], next(iter(arms[arm].values()))
-                cells = [arm, any_row["kept"], any_row["right"], str(len(values))]
+                right = any_row["right"].replace("nan", "")
+                cells = [arm, any_row["kept"], right, str(len(values))]
                 cells.append(f"{100 * mean(values.values()):.1f}")
                 cells.append(f"{100 * stdev(values.values()):.1f}" if len(values) > 1 else "")
                 for other in ("labels only", "raw"):
