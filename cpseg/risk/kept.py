@@ -104,10 +104,14 @@ class FalseShare:
     rule: Rule
     num_classes: int
 
-    axes = ()
     keeps = True
     monotone = False
     starts = 1
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """One threshold for all."""
+        return ()
 
     def __post_init__(self) -> None:
         check_classes(self.num_classes, None)
@@ -153,9 +157,13 @@ class KeptRisk:
     name: str
     monotone: bool = False
 
-    axes = ()
     keeps = True
     starts = 1
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """One threshold for all."""
+        return ()
 
     def __post_init__(self) -> None:
         check_classes(self.num_classes, None)

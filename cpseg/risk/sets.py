@@ -47,11 +47,15 @@ class Miscoverage:
         True
     """
 
-    axes = ()
     keeps = False
     monotone = True
     starts = 1
     rule = None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """One threshold for all."""
+        return ()
 
     def tally(self, batch: Batch) -> Tensor:
         """Pixels by the first threshold that covers them. int64 ``(B, K + 1)``."""
@@ -85,11 +89,15 @@ class FalseNegativeRate:
     num_classes: int
     classes: tuple[int, ...] | None = None
 
-    axes = ("class",)
     keeps = False
     monotone = True
     starts = 1
     rule = None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """One threshold per class."""
+        return ("class",)
 
     def __post_init__(self) -> None:
         check_classes(self.num_classes, self.classes)
@@ -127,11 +135,15 @@ class DilutedFalseNegativeRate:
     num_classes: int
     classes: tuple[int, ...] | None = None
 
-    axes = ("class",)
     keeps = False
     monotone = True
     starts = 1
     rule = None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """One threshold per class."""
+        return ("class",)
 
     def __post_init__(self) -> None:
         check_classes(self.num_classes, self.classes)
@@ -166,11 +178,15 @@ class WorstFalseNegativeRate:
 
     num_classes: int
 
-    axes = ()
     keeps = False
     monotone = True
     starts = 1
     rule = None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """One threshold for all."""
+        return ()
 
     def __post_init__(self) -> None:
         check_classes(self.num_classes, None)
@@ -207,11 +223,15 @@ class CoverageShare:
 
     tau: float
 
-    axes = ()
     keeps = False
     monotone = True
     starts = 1
     rule = None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """One threshold for all."""
+        return ()
 
     def __post_init__(self) -> None:
         _checks.check_alpha(self.tau, "tau")
@@ -251,11 +271,15 @@ class InstanceRecall:
 
     tau: float = 0.5
 
-    axes = ()
     keeps = False
     monotone = True
     starts = 1
     rule = None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """One threshold for all."""
+        return ()
 
     def __post_init__(self) -> None:
         _checks.check_alpha(self.tau, "tau")
@@ -317,10 +341,14 @@ class SetRisk:
     name: str
     monotone: bool = False
 
-    axes = ()
     keeps = False
     starts = 1
     rule = None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """One threshold for all."""
+        return ()
 
     def tally(self, batch: Batch) -> Tensor:
         """Losses in units of ``1 / UNIT_MASS``, tiles and pixels. int64 ``(B, K + 2)``."""
