@@ -79,16 +79,16 @@ FIXED = {
 
 # Names without an underscore that __all__ leaves out on purpose: for this package alone.
 UNLISTED = {
-    "cpseg.accumulate": {"ExactScale", "HistogramScale", "count", "cuts", "upward"},
+    "cpseg.accumulate": {"ExactScale", "HistogramScale", "cuts", "occurrences", "upward"},
     "cpseg.calibration": {"call_of", "describe_score", "score_from_description"},
-    "cpseg.filters": {"best_of", "columns_of", "proposals", "rule_of"},
+    "cpseg.filters": {"columns_of", "proposals", "rule_of"},
     "cpseg.predictors": {
         *("beside_of", "check_calibration", "check_input", "columns_of", "limits_of", "run")
     },
     "cpseg.quantile": {"UNIT_MASS", "budget", "mass_above"},
     "cpseg.scores": {
-        *("all_scores", "any_class", "at_class", "first_class", "label_scores", "score_columns"),
-        *("class_index", "top_class", "uniform"),
+        *("all_scores", "label_scores", "label_scores_in_parts", "score_columns"),
+        *("scores_in_parts", "uniform"),
     },
     "cpseg.sets": {"pack"},
 }

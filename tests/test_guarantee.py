@@ -17,7 +17,7 @@ from scipy.stats import binom
 from torch import Tensor
 
 from cpseg import ClassConditionalCalibrator, GroupCalibrator, PixelSetPredictor, SplitCalibrator
-from cpseg.accumulate import Evidence, Exact
+from cpseg.accumulate import Evidence, Exact, occurrences
 
 CHANCE = 1e-6  # that a true statement fails its test
 SETTINGS = [(9, 0.1), (19, 0.05), (50, 0.1), (200, 0.1)]
@@ -65,8 +65,9 @@ def thresholds(
     draws = scores.shape[1]
     evidence = Evidence(Exact(draws * rows), by_unit=by_unit, device="cpu")
     row = row + torch.arange(draws)[:, None] * rows
-    cells = evidence.store.cells(scores.flatten(1))
-    evidence.add(cells, row.flatten(1), valid.flatten(1), None)
+    held = torch.where(valid, row, draws * rows).flatten(1)
+    cells = torch.where(valid, evidence.store.cells(scores), evidence.store.num_cells).flatten(1)
+    evidence.add(cells, held, occurrences(held, draws * rows + 1)[:, :-1], None)
     found = evidence.quantiles([alpha] * (draws * rows)).view(draws, rows)
     return found, evidence.num_units.view(draws, rows)
 

@@ -313,6 +313,9 @@ def test_training(
     found = guide.run("labeled = SegmentationFolder")
     assert (len(found["labeled"]), len(found["unlabeled"])) == (2, 1)
     assert found["unlabeled"][0][1].shape == (40, 36)
+    logits = {"2": torch.randn(21, 40, 36)}
+    found = guide.run("from cpseg.filters", calibration=calibration(21), logits=logits)
+    assert found["unlabeled"][0][1].shape == (21, 40, 36)
     found = guide.run("labeled = voc2012")
     assert len(found["labeled"]) == 92
 
