@@ -103,7 +103,9 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
     two = load_checkpoint(tmp_path / "two" / "last.pt")
     ours = load_checkpoint(tmp_path / "one" / "last.pt")
     for name, value in ours["student"].items():
-        assert torch.allclose(two["student"][name], value, rtol=0, atol=1e-6), name
+        # Kernels add up a batch of another size in another order, each processor's in its own: up
+        # to 1.5e-6 has been seen. Denominators of each process by itself would be off by 2e-2.
+        assert torch.allclose(two["student"][name], value, rtol=0, atol=1e-5), name
     assert (two["labeled_seen"], two["unlabeled_seen"]) == (12, 24)
     assert two["best"][0] == pytest.approx(ours["best"][0], abs=1e-3)
     assert len(two["random"]) == 2
@@ -143,7 +145,9 @@ def test_a_run_of_one_goes_on_as_two_with_the_next_samples_and_says_what_differs
     assert two["labeled_seen"] == ours["labeled_seen"] == 2 + 4 * 2
     assert two["unlabeled_seen"] == ours["unlabeled_seen"] == 4 + 4 * 4
     for name, value in ours["student"].items():
-        assert torch.allclose(two["student"][name], value, rtol=0, atol=1e-6), name
+        # Kernels add up a batch of another size in another order, each processor's in its own: up
+        # to 1.5e-6 has been seen. Denominators of each process by itself would be off by 2e-2.
+        assert torch.allclose(two["student"][name], value, rtol=0, atol=1e-5), name
     assert len(two["random"]) == 2
 
 
