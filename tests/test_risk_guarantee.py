@@ -198,8 +198,11 @@ def test_the_page_has_every_line_and_all_of_ours_hold() -> None:
         "*miscoverage, pixels pooled and counted (TorchCP and others)*",
         "*torch.quantile without n + 1 (torch-uncertainty)*",
         "*miscoverage, without weights*",
-        "*alarm, ranks against a fixed calibration set*",
     }
+    # As long a stream as its calibration set is not long enough to fail by more than chance: .066
+    # and .112 false alarms at .05 and .1. It must not look better than that.
+    fixed = [cells for key, cells in page.items() if "fixed calibration set" in key[0]]
+    assert max(float(cells[3]) - float(cells[2]) for cells in fixed) > 0.01
     for kind in guarantee.KINDS:
         for n in guarantee.SIZES:
             for alpha, delta in guarantee.LEVELS:
