@@ -131,8 +131,10 @@ def _blocks(
 ) -> Iterator[tuple[slice, slice, tuple[Tensor, ...]]]:
     """Images, pixels, and their block: ``x``, positions, what is near. One at least, if empty.
 
-    Blocks are views where they can be; those that are not share their memory. With ``fill`` they
-    all have the given width.
+    Blocks that are no views share their memory. With ``fill`` they all have the given width, and
+    are views where they can be: a kernel reads each logit once. Else a view must be all of an
+    image: what is read again and again is better copied than left in rows far apart, which a cache
+    holds few of where the distance is a power of 2.
     """
     batch, size = len(logits), prod(logits.shape[2:])
     images, pixels = max(width // max(size, 1), 1), max(min(size, width), 1)
@@ -140,22 +142,17 @@ def _blocks(
     single = upcast(logits[:0]).dtype if upcasts else logits.dtype
     parts = [(logits, single), (position, torch.int64)]
     parts += [(part, part.dtype if part.is_floating_point() else torch.int64) for part in near]
-    buffers = [_Buffer(dtype, width if fill else 32) for _, dtype in parts]
+    buffers = [_Buffer(dtype, width if fill else 32, apart=fill) for _, dtype in parts]
     for rows in _spans(batch, images):
         count = rows.stop - rows.start
         some = [part if len(part) == 1 < batch else part[rows] for part, _ in parts]
         flat = [part.reshape(*part.shape[:2], size) for part in some]
         for columns in _spans(size, pixels):
-            start, end = columns.start, columns.stop
-            # What does not fill 32 columns is copied, so that the rest can be a view.
-            even = end - (end - start) % 32
-            for stop in (even, end) if not fill and count == 1 and start < even < end else (end,):
-                x, places, *beside = (
-                    buffer.filled(part[..., start:stop], count)
-                    for buffer, part in zip(buffers, flat, strict=True)
-                )
-                yield rows, slice(start, stop), (x, places[0], *beside)
-                start = stop
+            x, places, *beside = (
+                buffer.filled(part[..., columns], count)
+                for buffer, part in zip(buffers, flat, strict=True)
+            )
+            yield rows, columns, (x, places[0], *beside)
 
 
 def _spans(size: int, step: int) -> list[slice]:
@@ -165,10 +162,10 @@ def _spans(size: int, step: int) -> list[slice]:
 
 
 class _Buffer:
-    """Memory for one part of every block that is no view."""
+    """Memory for one part of every block that is no view; the rows of a view may lie apart."""
 
-    def __init__(self, dtype: torch.dtype, step: int) -> None:
-        self.dtype, self.step = dtype, step
+    def __init__(self, dtype: torch.dtype, step: int, *, apart: bool) -> None:
+        self.dtype, self.step, self.apart = dtype, step, apart
         self.held: Tensor | None = None
 
     def filled(self, part: Tensor, count: int) -> Tensor:
@@ -177,7 +174,7 @@ class _Buffer:
         width = max(-(-count * n // self.step) * self.step, self.step)
         if count == len(part) == 1 and n == width and part.dtype == self.dtype:
             row = part[0]
-            if row.stride(1) == 1:
+            if row.stride(1) == 1 if self.apart else row.is_contiguous():
                 return row
         if self.held is None or self.held.numel() < height * width:
             # Zeros: what lies beyond may be an index.
