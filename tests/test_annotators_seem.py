@@ -131,12 +131,14 @@ def test_semantic_outputs_are_the_originals(block: str) -> None:
     texts = texts / texts.norm(dim=-1, keepdim=True)
     assert_golden(texts, numbers["text_embeddings"], 1e-6)
     classes, masks = model(golden_image(), texts)
-    assert_golden(classes, numbers["pred_logits"])
+    # Products with the embeddings, which are held to 1e-6: 8e-8 has been seen on a processor whose
+    # kernels round otherwise. Masks do not depend on them.
+    assert_golden(classes, numbers["pred_logits"], 1e-6)
     assert_golden(masks, numbers["pred_masks"])
     semantic = mask_class_probabilities(
         classes, masks, (20, 28), mode="raw", padded_size=(64, 64), image_size=(40, 56)
     )
-    assert_golden(semantic[0], numbers["sem_seg"])
+    assert_golden(semantic[0], numbers["sem_seg"], 1e-6)
 
 
 @pytest.mark.parametrize("block", STYLES)
