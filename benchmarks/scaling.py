@@ -16,8 +16,8 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,16 +25,17 @@ from evidence.tables import Row, markdown
 from measure import (
     GIVEN_BACK,
     RESULTS,
+    Way,
     alone,
     answer,
     answered,
     clock,
-    extra_memory,
     held,
     interleaved,
     machine,
     most_held,
     publish,
+    settled,
 )
 from torch import Tensor
 
@@ -88,23 +89,26 @@ def size_of(state: dict[str, object]) -> int:
     return sum(value.numel() * value.element_size() for value in tensors)
 
 
-def jobs(score: str, classes: int, side: int, *, compiled: bool) -> dict[str, Callable[[], object]]:
-    """An update and sets, on one image."""
+def jobs(classes: int, side: int, *, compiled: bool) -> dict[tuple[str, str], Way]:
+    """An update and sets by each score, on one image."""
     logits, labels = drawn(1, classes, side)
-    options: dict[str, Any] = {"ignore_index": -1, "compiled": compiled}
-    calibrator = ClassConditionalCalibrator(classes, SCORES[score], **options)
-    calibration = ClassConditionalCalibrator(classes, SCORES[score], ignore_index=-1)
-    sets = PixelSetPredictor(calibration.update(logits, labels).compute(0.5), compiled=compiled)
-    return {"update": lambda: calibrator.update(logits, labels), "sets": lambda: sets(logits)}
+    found: dict[tuple[str, str], Way] = {}
+    for name, score in SCORES.items():
+        held_out = ClassConditionalCalibrator(classes, score, ignore_index=-1)
+        calibration = held_out.update(logits, labels).compute(0.5)
+        calibrator = ClassConditionalCalibrator(classes, score, ignore_index=-1, compiled=compiled)
+        found[name, "update"] = partial(calibrator.update, logits, labels)
+        found[name, "sets"] = partial(PixelSetPredictor(calibration, compiled=compiled), logits)
+    return found
 
 
-def by_classes(score: str, classes: int, side: int, seconds: float) -> list[Row]:
-    """One row for updates, one for sets."""
+def by_classes(classes: int, side: int, seconds: float) -> list[Row]:
+    """A row for each score and operation."""
     rows: list[Row] = []
     scale = 1e6 / (side**2 * classes)
-    eager, compiled = (jobs(score, classes, side, compiled=fused) for fused in (False, True))
-    for what, run in eager.items():
-        ways = {"eager": run, "compiled": compiled[what]}
+    eager, compiled = (jobs(classes, side, compiled=fused) for fused in (False, True))
+    for (score, what), run in eager.items():
+        ways = {"eager": run, "compiled": compiled[score, what]}
         first, middle, rounds = interleaved(ways, clock, seconds)
         row = {"score": score, "operation": what, "classes": classes, "side": side}
         told = {f"{way} ns per pixel and class": scale * middle[way] for way in ways}
@@ -112,12 +116,14 @@ def by_classes(score: str, classes: int, side: int, seconds: float) -> list[Row]
     return rows
 
 
-def memory(score: str, classes: int, side: int, what: str, *, compiled: bool) -> float:
-    """Of one call, as a share of the logits' bytes."""
-    run = jobs(score, classes, side, compiled=compiled)[what]
-    for _ in range(3):
-        run()
-    return extra_memory(run) / (4 * classes * side**2)
+def memory(classes: int, side: int) -> list[Row]:
+    """Of one call, as a share of the logits' bytes, in the order of :func:`by_classes`."""
+    size = 4 * classes * side**2
+    eager, compiled = (jobs(classes, side, compiled=fused) for fused in (False, True))
+    return [
+        {"eager memory": settled(run) / size, "compiled memory": settled(compiled[key]) / size}
+        for key, run in eager.items()
+    ]
 
 
 def by_processes(rank: int, world: int, meeting: str, side: int, images: int) -> dict[str, float]:
@@ -146,18 +152,12 @@ def images_rows(arguments: argparse.Namespace, cache: str) -> Iterator[Row]:
 
 
 def classes_rows(arguments: argparse.Namespace, cache: str) -> Iterator[Row]:
-    side = arguments.side // 2
-    for score in SCORES:
-        for classes in arguments.classes:
-            case = {"score": score, "classes": classes, "side": side}
-            told = {**case, "by": "classes", "seconds": arguments.seconds}
-            for row in answered(alone(__file__, told, cache=cache)):
-                for way in ("eager", "compiled"):
-                    one = {**case, "what": row["operation"], "compiled": way == "compiled"}
-                    row[f"{way} memory"] = answered(
-                        alone(__file__, {**one, "by": "memory"}, cache=cache, **GIVEN_BACK)
-                    )
-                yield row
+    for classes in arguments.classes:
+        case = {"classes": classes, "side": arguments.side // 2}
+        timed = {**case, "by": "classes", "seconds": arguments.seconds}
+        rows = answered(alone(__file__, timed, cache=cache))
+        found = answered(alone(__file__, {**case, "by": "memory"}, cache=cache, **GIVEN_BACK))
+        yield from ({**row, **shares} for row, shares in zip(rows, found, strict=True))
 
 
 def processes_rows(arguments: argparse.Namespace, cache: str) -> Iterator[Row]:
@@ -224,7 +224,7 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     if arguments.quick:
         arguments.images, arguments.side = 100, 16
-        arguments.classes, arguments.seconds = [2, 3], 0
+        arguments.classes, arguments.seconds = [2], 0
     for part in arguments.only:
         with tempfile.TemporaryDirectory() as cache:
             rows = list(PARTS[part](arguments, cache))

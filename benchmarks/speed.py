@@ -27,7 +27,7 @@ import tempfile
 import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,6 +49,7 @@ from measure import (
     interleaved,
     machine,
     publish,
+    settled,
 )
 from torch import Tensor
 
@@ -66,7 +67,9 @@ OPERATIONS = [
     "risk update",
     "risk sets",
 ]
+UNFUSED = ("risk update", "compiled")  # which there is not
 IGNORED = 255
+OTHERS = "<!-- other sizes, dtypes and threads -->"  # the page of the docs ends here
 FLOOR = "one compiled logsumexp"
 ENOUGH = 2**31  # bytes of logits on a GPU: less is bound by launches
 MAPIE_BYTES = 100 * (4 + 1 + 8)  # per class and pixel: a float, a bool and an int per threshold
@@ -90,7 +93,7 @@ UNUSED = {
 
 @dataclass(frozen=True)
 class Case:
-    """What a process measures: times of some operations, or the memory of one way of one."""
+    """What a process measures: times of some operations, or their memory."""
 
     size: tuple[int, ...]
     dtype: str
@@ -98,7 +101,7 @@ class Case:
     device: str
     seconds: float
     operations: tuple[str, ...]
-    memory_of: str = ""
+    what: str = "times"
 
     @classmethod
     def told(cls, text: str) -> Self:
@@ -294,9 +297,11 @@ def times(case: Case) -> Iterator[Row]:
         peer = theirs(operation, batch)
         if operation.startswith("risk") and not peer:
             continue  # nothing to stand beside
-        ways: dict[str, Way] = {"eager": ours(operation, batch, compiled=False)}
-        if operation != "risk update":  # which has no compiled path
-            ways["compiled"] = ours(operation, batch, compiled=True)
+        ways = {
+            name: ours(operation, batch, compiled=name == "compiled")
+            for name in ("eager", "compiled")
+            if (operation, name) != UNFUSED
+        }
         first, middle, rounds = interleaved({**ways, **peer}, timed, case.seconds)
         row: dict[str, object] = {
             "size": " ".join(map(str, batch.logits.shape)),
@@ -346,33 +351,32 @@ def share_of_copy(moved: int, taken: float, copied: int, copying: float) -> floa
     return (moved / taken) / (copied / copying)
 
 
-def memory(case: Case) -> float:
-    """The most extra memory of one way of one operation, as a share of the logits' bytes."""
-    (operation,), way = case.operations, case.memory_of
-    batch = started_from(operation, Batch.drawn(case))
-    if way == "peer":
-        run = theirs(operation, batch)["peer"]
-    else:
-        run = ours(operation, batch, compiled=way == "compiled")
-        for _ in range(3):
-            run()  # compiles; and the state itself is no extra
-    return extra_memory(run) / (batch.logits.numel() * batch.logits.element_size())
+def memory(case: Case) -> Iterator[Row]:
+    """The most extra memory of each way of each operation, as a share of the logits' bytes."""
+    whole = Batch.drawn(case)
+    for operation in case.operations:
+        batch = started_from(operation, whole)
+        size = batch.logits.numel() * batch.logits.element_size()
+        row = {
+            f"{name} memory": settled(ours(operation, batch, compiled=name == "compiled")) / size
+            for name in ("eager", "compiled")
+            if (operation, name) != UNFUSED
+        }
+        if peer_of(operation) != FLOOR and (peer := theirs(operation, batch)):
+            row["peer memory"] = extra_memory(peer["peer"]) / size
+        yield row
 
 
 def measured(case: Case) -> list[Row]:
     """Times, and memory with one thread; whatever is compiled is compiled anew."""
     with tempfile.TemporaryDirectory() as cache:
-        rows: list[dict[str, object]] = answered(alone(__file__, asdict(case), cache=cache))
-        for row in rows:
-            ways = [name for name in ("eager", "compiled", "peer") if f"{name} ms" in row]
-            if case.device != "cpu" or case.threads > 1:
-                continue
-            for way in ways:
-                if row["peer"] == FLOOR and way == "peer":
-                    continue
-                one = asdict(case) | {"operations": [row["operation"]], "memory_of": way}
-                row[f"{way} memory"] = answered(alone(__file__, one, cache=cache, **GIVEN_BACK))
-    return list(rows)
+        rows = answered(alone(__file__, asdict(case), cache=cache))
+        if case.device != "cpu" or case.threads > 1:
+            return list(rows)
+        there = [row["operation"] for row in rows]
+        one = asdict(replace(case, operations=tuple(there), what="memory"))
+        found = answered(alone(__file__, one, cache=cache, **GIVEN_BACK))
+    return [{**row, **shares} for row, shares in zip(rows, found, strict=True)]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -419,16 +423,25 @@ def ratio(row: Mapping[str, Any], way: str) -> str:
 
 
 def page(rows: Sequence[Row]) -> str:
-    """A table for each case; one image of a case stands below its whole batch."""
-    cases: dict[tuple[object, ...], list[Row]] = {}
+    """A table for each case; those after :data:`OTHERS` differ from the first in more than images.
+
+    One image of a case stands below its whole batch.
+    """
+    cases: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("size", "dtype", "threads", "device"))
         cases.setdefault(key, []).append(row)
-    parts = []
+    parts: list[str] = []
+    begun = ""
     for (size, dtype, threads, device), held in cases.items():
-        told = f"({str(size).replace(' ', ', ')}) {dtype}"
-        parts.append(f"{told}, {device}, {threads} thread{'s' if threads != 1 else ''}, ms:")
-        parts.append(table(held))
+        _, _, image = size.partition(" ")
+        kind = f"{image} {dtype} {threads}"
+        if begun and kind != begun and OTHERS not in parts:
+            parts.append(OTHERS)
+        begun = begun or kind
+        plural = "" if threads == 1 else "s"
+        told = f"({size.replace(' ', ', ')}) {dtype}, {device}, {threads} thread{plural}"
+        parts += [f"{told}; times in ms:", table(held)]
     return "\n\n".join(parts)
 
 
@@ -462,7 +475,7 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     if arguments.case is not None:
         torch.set_num_threads(arguments.case.threads)
-        answer(memory(arguments.case) if arguments.case.memory_of else list(times(arguments.case)))
+        answer(list({"times": times, "memory": memory}[arguments.case.what](arguments.case)))
         return
     rows: list[Row] = []
     name = "speed" if arguments.device == "cpu" else f"speed_{arguments.device}"
