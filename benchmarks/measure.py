@@ -31,11 +31,13 @@ Clock = Callable[[Way], float]
 
 
 def alone(
-    script: str, case: Mapping[str, object], *, cache: str, **environment: str
+    script: str, case: Mapping[str, object], *, cache: str = "", **environment: str
 ) -> subprocess.Popen[str]:
     """Start a process for a case: ``script --case CASE``, which is to call :func:`answer`."""
     threads = str(case.get("threads", 1))
-    settings = {"OMP_NUM_THREADS": threads, QUIET: "0", "TORCHINDUCTOR_CACHE_DIR": cache}
+    settings = {"OMP_NUM_THREADS": threads, QUIET: "0"}
+    if cache:  # a folder for what is compiled, empty if compiling is to be timed
+        settings["TORCHINDUCTOR_CACHE_DIR"] = cache
     return subprocess.Popen(
         [sys.executable, script, "--case", json.dumps(case)],
         env={**os.environ, **settings, **environment},
@@ -129,7 +131,7 @@ def held() -> int:
 
 
 def most_held() -> int:
-    """The most bytes the process held since :func:`held`."""
+    """The most bytes the process held since :func:`held`, or since it began."""
     return _status("VmHWM")
 
 
