@@ -442,7 +442,7 @@ def page(rows: Sequence[Row]) -> str:
         plural = "" if threads == 1 else "s"
         told = f"({size.replace(' ', ', ')}) {dtype}, {device}, {threads} thread{plural}"
         parts += [f"{told}; times in ms:", table(held)]
-    return "\n\n".join(parts)
+    return "\n\n".join(parts if OTHERS in parts else [*parts, OTHERS])
 
 
 def cases_of(arguments: argparse.Namespace) -> Iterator[Case]:

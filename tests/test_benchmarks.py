@@ -162,13 +162,16 @@ def test_a_page_ends_where_more_than_the_images_differ(script: Script) -> None:
     assert "(4, 21, 8, 8) float32, cpu, 1 thread;" in shown
     assert "(1, 21, 8, 8)" in shown
     assert "(2, 150, 8, 8)" in others
+    assert text.count(speed.OTHERS) == 1
+    assert speed.page([{**row, "size": sizes[0]}]).endswith(speed.OTHERS)  # pages look for it
     text = speed.page([{**row, "size": sizes[0], "threads": count} for count in (1, 2)])
     assert text.index("1 thread;") < text.index(speed.OTHERS) < text.index("2 threads;")
 
 
 def test_a_process_of_its_own_has_its_threads_and_quiet_ones(
-    script: Script, tmp_path: Path
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", "9")
     probe = tmp_path / "probe.py"
     names = "'OMP_NUM_THREADS', 'GOMP_SPINCOUNT', 'TORCHINDUCTOR_CACHE_DIR'"
     probe.write_text(
