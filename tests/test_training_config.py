@@ -151,9 +151,9 @@ def test_stages_colors_and_a_network_of_ones_own_reach_the_trainer(
     assert (second.unlabeled_weight(0.9), second.labeled_weight(0.9)) == (0.25, 0.75)
     assert (second.merge, second.perturb, second.strong_views) == ("fill", ("stem",), 1)
     assert trainer.batches.color == ColorJitter(strength=0.25, blur_range=(1.0, 2.0))
-    run["stages"]["self"]["merge"] = "multiply"  # of external probabilities
+    run["stages"]["self"] |= {"merge": "multiply", "own": "probabilities"}
     stages = trainer_from_file(write(tmp_path, run))[0].config.stages
-    assert stages[1].merge == "multiply"
+    assert (stages[1].merge, stages[1].own) == ("multiply", "probabilities")
     own = UNet(6, width=8, depth=1)
     with pytest.raises(InputError, match="student must be given by the file or by the caller"):
         trainer_from_file(write(tmp_path, run), student=own)

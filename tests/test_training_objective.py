@@ -1,7 +1,7 @@
 """The objective: sources, stages, one forward pass, and a loss that is never NaN."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from cpseg.training import (
     Batch,
     Complement,
     Exponential,
+    Own,
     Stage,
     Targets,
     TwoStageObjective,
@@ -119,6 +120,47 @@ def test_multiplied_probabilities_choose_among_the_classes_left() -> None:
     assert torch.equal(found.labels[found.kept], labels[found.kept])
     assert torch.equal(found.kept, (best >= 0.4) & batch.valid)
     assert bool((batch.external.gather(1, found.labels[:, None])[:, 0] > 0)[found.kept].all())
+
+
+@pytest.mark.parametrize("merge", [None, "multiply"])
+def test_own_probabilities_are_trained_on_as_they_are(merge: Literal["multiply"] | None) -> None:
+    batch, network = soft_batch(), student().eval()
+    stage = Stage(name="o", steps=1, source="teacher", merge=merge, own="probabilities")
+    stage = replace(stage, threshold=0.4)
+    objective = TwoStageObjective((stage,))
+    found = objective.targets(stage, network, batch)
+    joint = network(batch.weak).softmax(1) * (batch.external if merge else 1)
+    joint /= joint.sum(1, keepdim=True).clamp(min=1e-9)
+    torch.testing.assert_close(found.labels, joint)
+    assert torch.equal(found.kept, (joint.amax(1) >= 0.4) & batch.valid)
+    assert 0 < found.kept.float().mean() < 1
+    each = -(joint * network(batch.weak).log_softmax(1)).sum(1).detach()
+    output = objective(network, batch, step=0, labeler=network)
+    wanted = each[found.kept].mean()
+    assert float(output.metrics["loss_unlabeled"]) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_abstained_pixels_are_not_kept_at_any_threshold() -> None:
+    batch, network = soft_batch(), student()
+    there = (batch.external > 0).any(1)
+    assert not there.all()
+    for own in get_args(Own):
+        stage = Stage(name="m", steps=1, source="teacher", merge="multiply", own=own)
+        found = TwoStageObjective((stage,)).targets(stage, network, batch)
+        assert torch.equal(found.kept, there & batch.valid)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"own": "soft"}, "own must be"),
+        ({"own": "probabilities", "source": "external"}, "own must be"),
+        ({"own": "probabilities", "source": "student", "merge": "fill"}, "own must be"),
+    ],
+)
+def test_own_probabilities_need_a_network_that_says_them(wrong: Any, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        Stage(name="s", steps=1, **wrong)
 
 
 def test_own_labels_do_not_look_at_external_probabilities() -> None:

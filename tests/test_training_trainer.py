@@ -667,7 +667,9 @@ def test_recipes_run_and_are_what_they_say(tmp_path: Path, caplog: Any) -> None:
     caplog.set_level(logging.WARNING)
     recipes = [
         conformal_sam(6, external_steps=2, self_steps=2, crop=(16, 16)),
-        conformal_sam(6, external_steps=2, self_steps=2, crop=(16, 16), ema_decay=0.9),
+        conformal_sam(
+            6, external_steps=2, self_steps=2, crop=(16, 16), own="probabilities", ema_decay=0.9
+        ),
         supervised(6, steps=2, crop=(16, 16)),
         self_training(6, warmup_steps=1, steps=2, crop=(16, 16)),
         unimatch_like(6, steps=2, crop=(16, 16), perturb=("down.0", "stem")),
@@ -683,7 +685,9 @@ def test_recipes_run_and_are_what_they_say(tmp_path: Path, caplog: Any) -> None:
         )
         assert all(bool(step.loss.isfinite()) for step in run.steps())
     self_reliance = recipes[0].stages[1]
-    assert [config.stages[1].source for config in recipes[:2]] == ["student", "teacher"]
+    stages = [config.stages[1] for config in recipes[:2]]
+    assert [stage.source for stage in stages] == ["student", "teacher"]
+    assert [stage.own for stage in stages] == ["labels", "probabilities"]
     total = self_reliance.labeled_weight(0.3) + self_reliance.unlabeled_weight(0.3)
     assert total == pytest.approx(1)
     assert self_reliance.unlabeled_weight(1.0) == pytest.approx(0.5 / 2.718281828)

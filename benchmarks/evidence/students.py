@@ -39,23 +39,18 @@ from typing import cast
 import frames
 import torch
 from frames import Frames
+from labels import rules
 from scipy.stats import t as student_t
 from torch import Tensor, nn
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
-from cpseg import (
-    Argmax,
-    Calibration,
-    ClassConditionalCalibrator,
-    Singleton,
-    SplitCalibrator,
-)
+from cpseg import Calibration, ClassConditionalCalibrator
 from cpseg.annotators import SyntheticAnnotator
 from cpseg.data import ColorJitter, SyntheticShapes
 from cpseg.filters import SoftLabels
 from cpseg.fitted import Recalibrated, recalibrate
 from cpseg.metrics import MeanIoU, SelectiveAccuracy
-from cpseg.training import Stage, TrainConfig, Trainer, UNet
+from cpseg.training import Own, Stage, TrainConfig, Trainer, UNet
 from cpseg.training.batches import Normalize
 from cpseg.training.recipes import conformal_sam, self_training, supervised, unimatch_like
 
@@ -127,9 +122,20 @@ def right_only(labeled: Frames, unlabeled: Frames) -> Tensor:
     return torch.where(found == unlabeled.labels, found, 255)
 
 
+def kept_by(name: str) -> Labels:
+    """What a rule of ``labels.py`` keeps at its usual level."""
+
+    def labels(labeled: Frames, unlabeled: Frames) -> Tensor:
+        (rule,) = (rule for rule in rules(labeled.classes) if rule.name == name)
+        keep = rule.fit(labeled)(rule.usual)
+        return torch.cat([keep(logits[None]) for logits in unlabeled.logits])
+
+    return labels
+
+
 def by_class(labeled: Frames) -> Calibration:
     calibrator = ClassConditionalCalibrator(len(labeled.classes))
-    return calibrator.update(labeled.logits, labeled.labels).compute(ALPHA)
+    return calibrator.update(labeled.logits, labeled.labels).compute(ALPHA, "pooled")
 
 
 def recalibrated(labeled: Frames) -> Calibration:
@@ -153,16 +159,17 @@ def recalibrated_alone(labeled: Frames, unlabeled: Frames) -> Tensor:
     return score.logits(unlabeled.logits).softmax(1)
 
 
-def pooled(labeled: Frames) -> Calibration:
-    return SplitCalibrator().update(labeled.logits, labeled.labels).compute(ALPHA)
+def the_set(labeled: Frames, unlabeled: Frames) -> Tensor:
+    """One share for each class of the set, 0 for all others."""
+    shares = in_the_set(by_class)(labeled, unlabeled)
+    return (shares > 0) / (shares > 0).sum(1, keepdim=True).clamp(min=1)
 
 
-def filtered(
-    calibrate: Callable[[Frames], Calibration],
-    make: Callable[[Calibration], Callable[[Tensor], Tensor]],
-) -> Labels:
+def in_the_set(calibrate: Callable[[Frames], Calibration]) -> Labels:
+    """Probabilities of the classes of a set, 0 for all others."""
+
     def labels(labeled: Frames, unlabeled: Frames) -> Tensor:
-        keep = make(calibrate(labeled))
+        keep = SoftLabels(calibrate(labeled))
         return torch.cat([keep(logits[None]) for logits in unlabeled.logits])
 
     return labels
@@ -181,22 +188,36 @@ def external(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
     return strong(conformal_sam(classes, external_steps=steps, self_steps=0, crop=crop))
 
 
-def then_self(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
+def then_self(classes: int, steps: int, crop: tuple[int, int], own: Own = "labels") -> TrainConfig:
     last = steps // 4
     return strong(
         conformal_sam(
-            classes, external_steps=steps - last, self_steps=last, crop=crop, ema_decay=DECAY
+            classes,
+            external_steps=steps - last,
+            self_steps=last,
+            crop=crop,
+            own=own,
+            ema_decay=DECAY,
         )
     )
 
 
-def then_joint(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
+def then_joint(classes: int, steps: int, crop: tuple[int, int], own: Own = "labels") -> TrainConfig:
     last = steps // 2
     first = conformal_sam(classes, external_steps=steps - last, self_steps=0, crop=crop).stages
-    second = Stage(name="joint", steps=last, source="teacher", merge="multiply")
+    second = Stage(name="joint", steps=last, source="teacher", merge="multiply", own=own)
     return strong(
         TrainConfig(num_classes=classes, stages=(*first, second), crop=crop, ema_decay=DECAY)
     )
+
+
+def any_of_the_set(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
+    """A loss that asks for any class that is left: ``-log`` of their probabilities' sum.
+
+    Its gradient is that of cross-entropy with the student's own probabilities within the set.
+    """
+    stage = Stage(name="set", steps=steps, source="student", merge="multiply", own="probabilities")
+    return strong(TrainConfig(num_classes=classes, stages=(stage,), crop=crop, ema_decay=DECAY))
 
 
 def self_trained(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
@@ -235,26 +256,38 @@ ARMS = {
     "labels only": Arm(nothing, labels_only),
     "raw": Arm(raw, external),
     "recalibrated probabilities": Arm(recalibrated_alone, external),
-    "recalibrated probabilities in the set": Arm(filtered(recalibrated, SoftLabels), external),
+    "recalibrated probabilities in the set": Arm(in_the_set(recalibrated), external),
     "recalibrated probabilities in the set, then self-reliance": Arm(
-        filtered(recalibrated, SoftLabels), then_self
+        in_the_set(recalibrated), then_self
+    ),
+    "recalibrated probabilities, then self-reliance": Arm(
+        recalibrated_alone, partial(then_self, own="probabilities")
+    ),
+    "recalibrated probabilities, then joint": Arm(
+        recalibrated_alone, partial(then_joint, own="probabilities")
     ),
     "all true labels": Arm(truth, external),
     "drop every wrong label": Arm(right_only, external),
-    "argmax in the set, by class": Arm(filtered(by_class, Argmax), external),
-    "probabilities in the set": Arm(filtered(by_class, SoftLabels), external),
-    "singletons, by class": Arm(filtered(by_class, Singleton), external),
-    "singletons, pooled": Arm(filtered(pooled, Singleton), external),
-    "recalibrated probabilities in the set, then joint": Arm(
-        filtered(recalibrated, SoftLabels), then_joint
-    ),
-    "argmax in the set, by class, then self-reliance": Arm(filtered(by_class, Argmax), then_self),
+    "argmax in the set, by class": Arm(kept_by("class: Argmax"), external),
+    "probabilities in the set": Arm(in_the_set(by_class), external),
+    "singletons, by class": Arm(kept_by("class: Singleton"), external),
+    "singletons, pooled": Arm(kept_by("pooled: Singleton"), external),
+    "recalibrated probabilities in the set, then joint": Arm(in_the_set(recalibrated), then_joint),
+    "argmax in the set, by class, then self-reliance": Arm(kept_by("class: Argmax"), then_self),
     "self-training alone": Arm(nothing, self_trained),
     "weak to strong": Arm(nothing, weak_to_strong),
     "weak to strong with argmax in the set": Arm(
-        filtered(by_class, Argmax), weak_to_strong_with_labels
+        kept_by("class: Argmax"), weak_to_strong_with_labels
     ),
-    "argmax in the set, pooled": Arm(filtered(pooled, Argmax), external),
+    "argmax in the set, pooled": Arm(kept_by("pooled: Argmax"), external),
+    "any class of the set, by class": Arm(the_set, any_of_the_set),
+    "confidence .95": Arm(kept_by("confidence"), external),
+    "most likely class if in the set, by class": Arm(kept_by("class: Top"), external),
+    "at most two, by class": Arm(kept_by("class: AtMost 2"), external),
+    "road as background, by class": Arm(kept_by("class: Road as background"), external),
+    "argmax in the set, by location": Arm(kept_by("location: Argmax"), external),
+    "argmax in the set, clustered": Arm(kept_by("clusters: Argmax"), external),
+    "controlled error per class": Arm(kept_by("controlled error per class"), external),
 }
 
 
@@ -540,7 +573,8 @@ def shapes(length: int, seed: int, video: str) -> Frames:
     """Frames of shapes, annotated with errors."""
     pictures = list(SyntheticShapes(length=length, size=(32, 32), seed=seed))
     labels = torch.stack([label for _, label in pictures]).long()
-    classes = list(SyntheticShapes.classes)
+    # Some rules name a class of the real frames.
+    classes = ["Road", "Building", *SyntheticShapes.classes[2:]]
     annotator = SyntheticAnnotator(num_classes=len(classes), error_rate=0.2, seed=1)
     return Frames(
         [f"{video}_{index}" for index in range(length)],

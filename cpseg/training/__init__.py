@@ -26,6 +26,7 @@ from cpseg.training.mixing import Mix, cutmix
 from cpseg.training.objective import (
     Batch,
     Merge,
+    Own,
     Stage,
     StepOutput,
     Targets,
@@ -62,6 +63,7 @@ __all__ = [
     "Learner",
     "Linear",
     "Merge",
+    "Own",
     "MergeMode",
     "Mix",
     "MovingAverage",

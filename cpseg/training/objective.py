@@ -27,12 +27,24 @@ from cpseg.training.targets import (
     multiply_probabilities,
 )
 
-__all__ = ["Batch", "Merge", "Stage", "StepOutput", "Targets", "TwoStageObjective", "labeling"]
+__all__ = [
+    "Batch",
+    "Merge",
+    "Own",
+    "Stage",
+    "StepOutput",
+    "Targets",
+    "TwoStageObjective",
+    "labeling",
+]
 
 Merge = Literal["replace", "prefer_external", "fill", "agree", "multiply"]
 """How external labels meet a network's own: :func:`~cpseg.training.targets.merge_pseudo_labels`.
 For external probabilities ``"multiply"``: :func:`~cpseg.training.targets.multiply_probabilities`.
 """
+
+Own = Literal["labels", "probabilities"]
+"""What a network tells of its own, alone or multiplied: the most likely class, or all of them."""
 
 
 @final
@@ -90,7 +102,10 @@ class Stage:
             ones, the student's own, or those of the averaged teacher.
         merge: How external labels join the student's or the teacher's own, or with
             ``"multiply"`` external probabilities; None: not at all.
-        threshold: From which confidence an own label is kept.
+        own: What the student's or the teacher's own are: labels, or with no merge or
+            ``"multiply"`` the probabilities of all classes. Labels turn every doubt into
+            certainty, which the student then learns; probabilities leave it a doubt.
+        threshold: From which confidence an own target is kept.
         labeled_weight: Weight of the labeled loss over the stage's progress.
         unlabeled_weight: Weight of the unlabeled loss over the stage's progress.
         denominator: What the unlabeled loss is divided by.
@@ -105,6 +120,7 @@ class Stage:
     steps: int
     source: Literal["none", "external", "student", "teacher"] = "external"
     merge: Merge | None = None
+    own: Own = "labels"
     threshold: float = 0.0
     labeled_weight: Schedule = Constant(0.5)
     unlabeled_weight: Schedule = Constant(0.5)
@@ -129,6 +145,14 @@ class Stage:
                 'merge must be None, "replace", "prefer_external", "fill", "agree" or "multiply"; '
                 f"got {self.merge!r}"
             )
+        if self.own not in get_args(Own):
+            raise InputError(f'own must be "labels" or "probabilities"; got {self.own!r}')
+        own = self.source in ("student", "teacher")
+        if self.own == "probabilities" and not (own and self.merge in (None, "multiply")):
+            raise InputError(
+                'own must be "labels" but for source "student" or "teacher" with merge None or '
+                f'"multiply"; got {self.own!r} with source {self.source!r} and merge {self.merge!r}'
+            )
         if self.denominator not in ("kept", "valid", "all"):
             raise InputError(
                 f'denominator must be "kept", "valid" or "all"; got {self.denominator!r}'
@@ -145,7 +169,7 @@ class Targets:
 
     Attributes:
         labels: A class at every pixel, int64 ``(U, H, W)``; or probabilities of classes, float32
-            ``(U, C, H, W)``, where external ones are trained on as they are.
+            ``(U, C, H, W)``.
         kept: Which pixels count. bool ``(U, H, W)``.
     """
 
@@ -246,11 +270,13 @@ class TwoStageObjective:
             )
         if soft and not own:
             return Targets(batch.external, (batch.external > 0).any(1) & batch.valid)
-        if stage.merge == "multiply":
-            labels, confidence = multiply_probabilities(
-                _own_logits(labeler, batch.weak), batch.external
-            )
-            return Targets(labels, (confidence >= stage.threshold) & batch.valid)
+        if stage.merge == "multiply" or stage.own == "probabilities":
+            logits = _own_logits(labeler, batch.weak)
+            other = batch.external if stage.merge else torch.ones_like(logits)
+            shares = multiply_probabilities(logits, other)
+            confidence, labels = shares.max(1)
+            kept = (confidence > 0) & (confidence >= stage.threshold) & batch.valid
+            return Targets(shares if stage.own == "probabilities" else labels, kept)
         external: Tensor | None = batch.external
         if own:
             labels, confidence = labeling(labeler, batch.weak)

@@ -4,7 +4,7 @@ What a paper does not state is ours, and marked so. Whatever else a run needs, s
 rate or precision, is changed with :func:`dataclasses.replace` on what comes back.
 """
 
-from cpseg.training.objective import Stage
+from cpseg.training.objective import Own, Stage
 from cpseg.training.schedules import Complement, Constant, Exponential
 from cpseg.training.train_config import TrainConfig
 
@@ -19,6 +19,7 @@ def conformal_sam(
     crop: tuple[int, int],
     start: float = 0.5,
     rate: float = 1.0,
+    own: Own = "labels",
     threshold: float = 0.0,
     ema_decay: float | None = None,
 ) -> TrainConfig:
@@ -41,6 +42,9 @@ def conformal_sam(
         crop: Height and width of training images.
         start: ``w`` where stage II begins.
         rate: How fast it falls: by ``exp(-rate)`` over the stage.
+        own: What the student's own are in stage II. The paper: labels, as they may be read;
+            probabilities leave its doubts doubts, and cost less where it knows less than the
+            annotator does.
         threshold: From which confidence stage II keeps a label.
         ema_decay: Of a teacher that averages the student over steps and labels in its place in
             stage II; None: the student itself.
@@ -58,6 +62,7 @@ def conformal_sam(
                 name="self",
                 steps=self_steps,
                 source="student" if ema_decay is None else "teacher",
+                own=own,
                 threshold=threshold,
                 labeled_weight=Complement(weight),
                 unlabeled_weight=weight,

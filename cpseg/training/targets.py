@@ -103,8 +103,8 @@ def merge_pseudo_labels(
     return torch.where(take, label, labels), torch.where(take, 1.0, confidence)
 
 
-def multiply_probabilities(logits: Tensor, external: Tensor) -> tuple[Tensor, Tensor]:
-    """The class that a network and an annotator make most likely together.
+def multiply_probabilities(logits: Tensor, external: Tensor) -> Tensor:
+    """What a network and an annotator make of the classes together.
 
     Each class's probability is the product of the network's own and the external one, made to add
     up to 1 again: where the external one is 0 the class is out, whatever the network says, and
@@ -119,8 +119,8 @@ def multiply_probabilities(logits: Tensor, external: Tensor) -> tuple[Tensor, Te
             shape.
 
     Returns:
-        Labels, int64 ``(B, *S)``, and their probabilities, float32 at least ``(B, *S)``: 0 and -1
-        where the annotator abstains or the logits are unusable.
+        Probabilities, 0 in all classes where the annotator abstains or the logits are unusable.
+        float32 at least, same shape.
 
     Raises:
         InputError: If shapes, dtypes or devices do not fit.
@@ -129,7 +129,9 @@ def multiply_probabilities(logits: Tensor, external: Tensor) -> tuple[Tensor, Te
         >>> external = torch.tensor([[0.5, 0.5, 0.0], [0.9, 0.1, 0.0], [0.0, 0.0, 0.0]])
         >>> logits = torch.tensor([[0.2, 0.3, 0.5]] * 3).log()
         >>> multiply_probabilities(logits, external)
-        (tensor([1, 0, 0]), tensor([ 0.6000,  0.8571, -1.0000]))
+        tensor([[0.4000, 0.6000, 0.0000],
+                [0.8571, 0.1429, 0.0000],
+                [0.0000, 0.0000, 0.0000]])
     """
     _checks.check_logits(logits)
     _checks.check_tensor("external", external)
@@ -138,11 +140,8 @@ def multiply_probabilities(logits: Tensor, external: Tensor) -> tuple[Tensor, Te
     _checks.check_map_shape("external", external, logits.shape, "logits")
     _checks.check_device("external", external, logits, "logits")
     values = upcast(logits)
-    joint = values.log_softmax(1) + external.to(values.dtype).log()
-    best, labels = joint.max(1)
-    confidence = (best - joint.logsumexp(1)).exp()
-    known = best.isfinite()
-    return torch.where(known, labels, 0), torch.where(known, confidence, -1.0)
+    joint = (values.log_softmax(1) + external.to(values.dtype).log()).softmax(1)
+    return torch.where(joint.isfinite().all(1, keepdim=True), joint, 0)
 
 
 def masked_cross_entropy(
