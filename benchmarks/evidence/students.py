@@ -203,7 +203,7 @@ def then_self(classes: int, steps: int, crop: tuple[int, int], own: Own = "label
 
 
 def then_joint(classes: int, steps: int, crop: tuple[int, int], own: Own = "labels") -> TrainConfig:
-    last = steps // 2
+    last = steps // 4
     first = conformal_sam(classes, external_steps=steps - last, self_steps=0, crop=crop).stages
     second = Stage(name="joint", steps=last, source="teacher", merge="multiply", own=own)
     return strong(
