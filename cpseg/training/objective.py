@@ -270,17 +270,13 @@ class TwoStageObjective:
             )
         if soft and not own:
             return Targets(batch.external, (batch.external > 0).any(1) & batch.valid)
-        if stage.merge == "multiply" or stage.own == "probabilities":
-            logits = _own_logits(labeler, batch.weak)
-            other = batch.external if stage.merge else torch.ones_like(logits)
-            shares = multiply_probabilities(logits, other)
-            confidence, labels = shares.max(1)
-            kept = (confidence > 0) & (confidence >= stage.threshold) & batch.valid
-            return Targets(shares if stage.own == "probabilities" else labels, kept)
-        external: Tensor | None = batch.external
         if own:
-            labels, confidence = labeling(labeler, batch.weak)
-            external = external if stage.merge else None
+            shares = self._own(stage, labeler, batch)
+            confidence, labels = shares.max(1)
+            confidence = torch.where(confidence > 0, confidence, -1.0)
+            if stage.merge is None or stage.merge == "multiply":
+                kept = (confidence >= stage.threshold) & batch.valid
+                return Targets(shares if stage.own == "probabilities" else labels, kept)
         else:
             labels = torch.zeros_like(batch.external)
             confidence = torch.zeros(labels.shape, device=labels.device)
@@ -288,13 +284,29 @@ class TwoStageObjective:
         labels, confidence = merge_pseudo_labels(
             labels,
             confidence,
-            external,
+            batch.external,
             mode=mode,
             threshold=stage.threshold if mode == "fill" else None,
             ignore_index=self.ignore_index,
             pad_index=self.ignore_index,
         )
         return Targets(labels, (confidence >= stage.threshold) & batch.valid)
+
+    def _own(self, stage: Stage, labeler: nn.Module, batch: Batch) -> Tensor:
+        """A network's own probabilities, or their product with external ones. ``(U, C, H, W)``.
+
+        With class weights a network says each class as many times too often as its weight. Alone
+        it would learn from itself to do so once more, and more with every step: the weights are
+        divided out. In a product they stay: two beliefs that both know which classes are rare
+        count that twice, and weights above 1 for rare classes take some of it back.
+        """
+        logits = _own_logits(labeler, batch.weak)
+        if stage.merge == "multiply":
+            return multiply_probabilities(logits, batch.external)
+        if self.class_weights is not None:
+            weights = torch.tensor(self.class_weights, device=logits.device)
+            logits = logits - torch.where(weights > 0, weights, 1).log().view(-1, 1, 1)
+        return multiply_probabilities(logits, torch.ones_like(logits))
 
     def __call__(
         self,
