@@ -43,12 +43,9 @@ docs: $(VENV)/.dev ## the pages and their examples, warnings as errors
 	$(RUN) -m sphinx -q -E -n -W --keep-going -b doctest docs docs/_build/doctest
 
 .PHONY: bench
-bench: $(VENV)/.dev ## everything in benchmarks/ but the validity table
-	@set -e; for script in benchmarks/*.py; do \
-		case "$$script" in */guarantee.py) continue;; esac; \
-		test -e "$$script" || { echo "benchmarks/ must hold a .py file; got none" >&2; exit 1; }; \
-		echo "== $$script"; $(RUN) "$$script"; \
-	done
+bench: $(VENV)/.peers ## speed beside TorchCP and MAPIE, scaling, memory: an hour, to benchmarks/results/
+	PYTHONPATH=$(VENV)/peers $(RUN) benchmarks/speed.py
+	$(RUN) benchmarks/scaling.py
 
 .PHONY: guarantee
 guarantee: $(VENV)/.dev ## print the validity table and write it to the docs: minutes
@@ -79,4 +76,12 @@ $(VENV)/.core: pyproject.toml $(VENV)/.torch
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.core
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,plot,data,hf,nifti,train,export]'
+	@touch $@
+
+# Beside the environment, not in it: only the benchmarks see them, and numpy and torch stay ours.
+$(VENV)/.peers: $(VENV)/.dev
+	rm -rf $(VENV)/peers
+	$(PIP) install --no-deps --target $(VENV)/peers torchcp==1.2.1 mapie==1.6.0 \
+		scikit-learn==1.9.1 joblib==1.6.0 cloudpickle==3.1.3 threadpoolctl==3.8.0 \
+		narwhals==2.29.0
 	@touch $@

@@ -9,7 +9,6 @@ other processes cannot stretch by taking turns; and the growth of memory over th
 """
 
 import os
-import resource
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ from tempfile import TemporaryDirectory
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # threads that wait must not burn the core
 
 import torch
+from measure import most_held
 from torch.nn import functional
 
 from cpseg.data import SyntheticShapes
@@ -74,13 +74,13 @@ with TemporaryDirectory() as directory:
     for pair in range(PAIRS + WARMUP):
         if pair == WARMUP:
             pairs.clear()
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            memory = most_held()
         if pair % 2:
             hand = seconds(by_hand)
             pairs.append((seconds(ours), hand))
         else:
             pairs.append((seconds(ours), seconds(by_hand)))
-grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
+grown = (most_held() - memory) // 1024
 for index, name in enumerate(("on the clock", "on the core")):
     ratios = sorted(mine[index] / hand[index] for mine, hand in pairs)
     middle = [1e3 * statistics.median(each[side][index] for each in pairs) for side in (0, 1)]

@@ -328,6 +328,13 @@ def test_every_filter_of_ours_says_on_a_compact_cache_what_it_says_on_all_classe
         max_size=CLASSES,
     ),
 )
+@example(
+    best=3,
+    k=1,
+    background=1,
+    look=(64, 0.2),
+    thresholds=[0.55, 0.55, 0.55, 0.9, float("inf"), float("inf")],
+)
 def test_a_filter_that_counts_is_exact_on_what_the_compact_form_settles(
     *, best: int, k: int, background: int | None, look: tuple[int, float], thresholds: list[float]
 ) -> None:
@@ -563,3 +570,18 @@ def test_what_is_no_cache_no_annotator_and_no_filter_is_refused_in_one_line(tmp_
         cache.filter_again(images(1), None)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"calibration must have a \.source; got str"):
         cache.check("calibration.pt")  # type: ignore[arg-type]
+
+
+def test_no_class_that_is_left_out_becomes_the_best_where_all_are_alike(tmp_path: Path) -> None:
+    def even(batch: Tensor) -> Tensor:
+        return torch.zeros(len(batch), CLASSES, *batch.shape[2:])
+
+    for background in (None, 1):
+        cache = CachedAnnotator(
+            tmp_path / str(background), even, source="even", best=2, background=background
+        )
+        batch = images(1, 2, 3, seed=0)
+        assert bool((cache(batch).argmax(1) == 0).all())
+        stored = 2 + (background is not None)
+        ranked = cache(batch).sort(dim=1, descending=True).values
+        assert bool((ranked[:, stored - 1] > ranked[:, stored]).all())

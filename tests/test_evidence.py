@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -168,3 +169,36 @@ def test_coverage_is_what_counting_gives(script: Script) -> None:
                     assert share == sum(wanted) / len(wanted) if wanted else share != share  # noqa: PLR0124
                 sampled = [inside[c, y, x] for c in range(4) for y in (0, 4) for x in (0, 4, 8)]
                 assert found.sizes[entry] == sum(sampled) / 6
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_frames_line_up_with_their_annotator(
+    script: Script,
+    tmp_path: Path,
+    whole: bool,  # noqa: FBT001
+) -> None:
+    image = pytest.importorskip("PIL.Image")
+    random = np.random.default_rng(0)
+    nll = random.random((2, 3, 4, 5)).astype(np.float16)
+    masks = random.integers(0, 3, (2, 8, 10)).astype(np.uint8)
+    np.savez(tmp_path / "nll_val.npz", nll=nll, name=["a", "b"], classes=["x", "y", "z"])
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    for name, mask in zip("ab", masks, strict=True):
+        image.fromarray(mask).save(tmp_path / "labels" / f"{name}.png")
+        gray = np.full((8, 10, 3), 50 if name == "a" else 90, np.uint8)
+        image.fromarray(gray).save(tmp_path / "images" / f"{name}.jpg")
+    found = script("frames").load(tmp_path, "val", whole=whole)
+    said, labels = torch.from_numpy(-nll.astype(np.float32)), torch.from_numpy(masks).long()
+    size = (8, 10) if whole else (4, 5)
+    assert found.images.shape == (2, 3, *size)
+    assert found.images.double().mean((1, 2, 3)).tolist() == pytest.approx([50, 90], abs=1)
+    if whole:
+        assert torch.equal(found.labels, labels)
+        assert torch.equal(found.logits[..., 1::2, 1::2], said)
+        between = found.logits[..., 1::2, 2::2]
+        assert torch.allclose(between, (said[..., :-1] + said[..., 1:]) / 2)
+        assert torch.equal(found.logits[..., 0, 0], said[..., 0, 0])
+    else:
+        assert torch.equal(found.labels, labels[:, 1::2, 1::2])
+        assert torch.equal(found.logits, said)

@@ -320,6 +320,18 @@ def test_training(
     assert len(found["labeled"]) == 92
 
     torch.manual_seed(0)
+    label = torch.randint(21, (40, 36))
+    label[0] = 255
+    found = guide.run("shares = torch.bincount", labels=label, num_classes=21)
+    assert len(set(found["config"].class_weights)) > 1
+    halves = [
+        [(torch.randn(9, 21, 4, 6), torch.randint(21, (9, 4, 6)))] for _ in ("fit", "calibrate")
+    ]
+    several = torch.randn(2, 21, 5, 7)
+    found = guide.run("from functools", half=halves[0], other_half=halves[1], logits=several)
+    assert found["external"].shape == several.shape
+    assert found["config"].stages[0].strong_views == 1
+
     sizes = transformers.SegformerConfig(
         num_labels=21,
         depths=[1, 1, 1, 1],

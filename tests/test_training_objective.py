@@ -1,6 +1,7 @@
 """The objective: sources, stages, one forward pass, and a loss that is never NaN."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +92,22 @@ def test_external_probabilities_are_trained_on_as_they_are() -> None:
     each = -(batch.external * network(batch.weak).log_softmax(1)).sum(1).detach()
     loss = objective(network, batch, step=0).metrics["loss_unlabeled"]
     assert float(loss) == pytest.approx(float(each[found.kept].mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_class_weights_reach_both_losses(soft: bool) -> None:  # noqa: FBT001
+    batch, network = soft_batch() if soft else make_batch(), student().eval()
+    stages = (Stage(name="e", steps=1),)
+    alone = [
+        TwoStageObjective(stages, class_weights=tuple(float(c == other) for c in range(4)))
+        for other in range(4)
+    ]
+    for name in ("loss_labeled", "loss_unlabeled"):
+        whole = float(TwoStageObjective(stages)(network, batch, step=0).metrics[name])
+        parts = [float(only(network, batch, step=0).metrics[name]) for only in alone]
+        assert whole == pytest.approx(sum(parts), rel=1e-5)
+        assert min(parts) >= 0
+        assert max(parts) < whole
 
 
 def test_multiplied_probabilities_choose_among_the_classes_left() -> None:
@@ -319,7 +336,8 @@ def test_the_u_net_takes_any_size_and_mixes_no_images(size: tuple[int, int]) -> 
     assert together.shape == (3, 5, *size)
     alone = torch.cat([network(image[None]) for image in images])
     assert torch.allclose(together, alone, atol=1e-5)
-    for wrong in ({"num_classes": 0}, {"num_classes": 2, "width": 6}):
+    refused: list[dict[str, Any]] = [{"num_classes": 0}, {"num_classes": 2, "width": 6}]
+    for wrong in refused:
         with pytest.raises(InputError):
             UNet(**wrong)
 

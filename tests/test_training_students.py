@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cpseg.data import SyntheticShapes
+from cpseg.errors import InputError
 from cpseg.training import Evaluation, TrainConfig, Trainer, UNet, evaluate
 from cpseg.training.recipes import conformal_sam, supervised
 
@@ -44,6 +45,16 @@ def test_the_small_student_learns_shapes(tmp_path: Path) -> None:
     assert float(torch.stack(losses[-20:]).mean()) < 0.3 * float(losses[0])
     found = evaluate(trainer.student, unseen, num_classes=6)
     assert found.miou > 2 * majority_miou(unseen, 6)
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_groups_alone_leave_an_image_to_itself(norm: Any) -> None:
+    torch.manual_seed(0)
+    network, images = UNet(3, width=4, depth=1, norm=norm), torch.randn(3, 3, 9, 8)
+    alone, together = network(images[:1]), network(images)[:1]
+    assert torch.allclose(alone, together, atol=1e-5) == (norm == "group")
+    with pytest.raises(InputError, match='norm must be "group" or "batch"'):
+        UNet(3, norm="layer")  # type: ignore[arg-type]
 
 
 def run(student: nn.Module, directory: Path, crop: int, **change: Any) -> TrainConfig:

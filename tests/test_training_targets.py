@@ -282,6 +282,29 @@ def test_certain_probabilities_are_labels(seed: int, which: Denominator) -> None
     assert soft == pytest.approx(hard, rel=1e-5)
 
 
+@given(seeds, st.sampled_from(["kept", "valid", "all"]), st.booleans())
+def test_class_weights_by_hand(seed: int, which: Denominator, soft: bool) -> None:  # noqa: FBT001
+    g = torch.Generator().manual_seed(seed)
+    logits, shares = torch.randn(2, 4, 3, 5, generator=g), some_probabilities(g)
+    labels = torch.tensor([0, 1, 2, 3, 255])[torch.randint(0, 5, (2, 3, 5), generator=g)]
+    weights, valid = torch.rand(4, generator=g), torch.rand(2, 3, 5, generator=g) > 0.3
+    each: list[float] = weights.tolist()
+    total, kept = 0.0, 0
+    for b, y, x in torch.ones(2, 3, 5).nonzero().tolist():
+        row: list[float] = logits[b, :, y, x].tolist()
+        target = [float(labels[b, y, x] == c) for c in range(4)]
+        if soft:
+            target = shares[b, :, y, x].tolist()
+        normal = math.log(sum(math.exp(value) for value in row))
+        total += sum(w * p * (normal - v) for w, p, v in zip(each, target, row, strict=True))
+        kept += sum(target) > 0
+    count = {"kept": kept, "valid": int(valid.sum()), "all": 30}[which]
+    found = masked_cross_entropy(
+        logits, shares if soft else labels, class_weights=weights, denominator=which, valid=valid
+    )
+    assert float(found) == pytest.approx(total / max(count, 1), rel=1e-4, abs=1e-6)
+
+
 @pytest.mark.parametrize("which", ["kept", "valid", "all"])
 @pytest.mark.parametrize("weight", [None, torch.zeros(2, 3, 5)])
 def test_nothing_kept_is_a_zero_that_is_attached(which: Denominator, weight: Tensor | None) -> None:
@@ -317,6 +340,8 @@ def test_half_precision_logits_make_a_float32_loss() -> None:
         ({"ignore_index": 2}, "ignore_index must lie outside"),
         ({"pad_index": 0}, "pad_index must lie outside"),
         ({"weight": torch.ones(3)}, "weight must have shape"),
+        ({"class_weights": torch.ones(4)}, "class_weights must be floating with shape"),
+        ({"class_weights": torch.ones(3, dtype=torch.int64)}, "class_weights must be floating"),
         ({"valid": torch.ones(3)}, "valid must have shape"),
         ({"labels": torch.zeros(1, 3, dtype=torch.int64)}, "labels must have shape"),
         ({"labels": torch.zeros(1, 2)}, "labels must have shape"),

@@ -720,6 +720,8 @@ def test_a_batch_of_one_trains(tmp_path: Path) -> None:
         ({"stages": ()}, "stages must"),
         ({"workers": -1}, "workers must"),
         ({"patience": 0}, "patience must"),
+        ({"class_weights": (1.0, 1.0)}, "class_weights must be 6, one per class; got 2"),
+        ({"class_weights": (*(1.0,) * 5, -1.0)}, r"class_weights\[5\] must be finite"),
     ],
 )
 def test_configurations_refuse_what_they_cannot_mean(change: Any, message: str) -> None:

@@ -20,10 +20,10 @@ from cpseg.data.folder import read_image, read_mask, read_split
 
 @dataclass(frozen=True)
 class Frames:
-    """Frames on the annotator's grid.
+    """Frames, all of one size.
 
-    ``images`` are uint8 ``(N, 3, H, W)``, means of two by two pixels; ``logits`` float32
-    ``(N, C, H, W)``; ``labels`` int64 ``(N, H, W)``, 255 where unknown.
+    ``images`` are uint8 ``(N, 3, H, W)``; ``logits`` float32 ``(N, C, H, W)``; ``labels`` int64
+    ``(N, H, W)``, 255 where unknown.
     """
 
     names: list[str]
@@ -50,19 +50,31 @@ class Frames:
         )
 
 
-def load(folder: Path, part: str) -> Frames:
-    """All frames of ``"train"`` or ``"val"``."""
+def load(folder: Path, part: str, *, whole: bool = False) -> Frames:
+    """All frames of ``"train"`` or ``"val"``, on the annotator's grid, or as large as the images.
+
+    On the annotator's grid images are means of two by two pixels; else the logits between those
+    that the annotator gave are means of their neighbors.
+    """
     file = np.load(folder / f"nll_{part}.npz")
     names = [str(name) for name in file["name"]]
-    pictures = torch.stack([read_image(folder / "images" / f"{name}.jpg") for name in names])
-    masks = torch.stack([read_mask(folder / "labels" / f"{name}.png") for name in names])
-    return Frames(
-        names,
-        [str(name) for name in file["classes"]],
-        avg_pool2d(pictures.float(), 2).round().to(torch.uint8),
-        -torch.from_numpy(file["nll"]).float(),
-        masks[:, 1::2, 1::2].contiguous(),
+    images = torch.stack([read_image(folder / "images" / f"{name}.jpg") for name in names])
+    labels = torch.stack([read_mask(folder / "labels" / f"{name}.png") for name in names])
+    logits = -torch.from_numpy(file["nll"]).float()
+    if whole:
+        logits = doubled(doubled(logits, 2), 3)
+    else:
+        images = avg_pool2d(images.float(), 2).round().to(torch.uint8)
+        labels = labels[:, 1::2, 1::2].contiguous()
+    return Frames(names, [str(name) for name in file["classes"]], images, logits, labels)
+
+
+def doubled(values: Tensor, dim: int) -> Tensor:
+    """Twice as many along ``dim``: each with the mean of it and the one before put before it."""
+    before = torch.cat(
+        (values.narrow(dim, 0, 1), values.narrow(dim, 0, values.shape[dim] - 1)), dim
     )
+    return torch.stack(((before + values) / 2, values), dim + 1).flatten(dim, dim + 1)
 
 
 def labeled(folder: Path, count: int, frames: Frames) -> list[int]:

@@ -171,7 +171,7 @@ class CachedAnnotator:
             ``(B * L, C, H, W)`` where each image has L channels.
         """
         check_images(images)
-        rows = [_spread(row) for stored in self._stored(images) for row in stored]
+        rows = [_spread(row, self._note) for stored in self._stored(images) for row in stored]
         return torch.stack(rows).to(images.device)
 
     def annotate(self, images: Sequence[object]) -> list[Tensor]:
@@ -259,7 +259,7 @@ class CachedAnnotator:
             FileError: The file is missing, damaged or foreign, or holds several channels, each
                 with classes of its own.
         """
-        return _spread(self._one_channel(path))
+        return _spread(self._one_channel(path), self._note)
 
     def _check_filter(self, mask_filter: Callable[[Tensor], Tensor]) -> None:
         if not callable(mask_filter):
@@ -274,7 +274,7 @@ class CachedAnnotator:
         labels: list[Tensor] = []
         undecided: list[Tensor] = []
         for stored in rows:
-            logits = _spread(stored)
+            logits = _spread(stored, self._note)
             answer = mask_filter(logits[None])[0]
             if stored.classes is None:
                 open_ = torch.zeros(answer.shape, dtype=torch.bool)
@@ -431,13 +431,14 @@ def _compress(logits: Tensor, best: int | None, background: int | None) -> _Stor
     return _Stored(stored.gather(0, chosen), chosen, num_classes)
 
 
-def _spread(stored: _Stored) -> Tensor:
-    """float32 log-probabilities of all classes ``(C, *S)``."""
+def _spread(stored: _Stored, note: Mapping[str, Any]) -> Tensor:
+    """float32 log-probabilities of all classes ``(C, *S)``; of those not stored, none is the best."""
     known = stored.log_probabilities()
     if stored.classes is None:
         return known
     others = stored.num_classes - len(known)
-    share = (_rest(known) / max(1, others)).log()
+    # Where all are alike, rounding would give those that are not stored more than any has.
+    share = torch.minimum(_rest(known) / max(1, others), _most(known, note)).log()
     full = share.expand(stored.num_classes, *known.shape[1:]).clone()
     return full.scatter_(0, stored.classes, known)
 
@@ -445,6 +446,13 @@ def _spread(stored: _Stored) -> Tensor:
 def _rest(known: Tensor) -> Tensor:
     """What the stored classes leave, at least 1e-30. Shape ``(1, *S)``."""
     return (1 - known.double().exp().sum(0, keepdim=True)).clamp(min=1e-30).float()
+
+
+def _most(known: Tensor, note: Mapping[str, Any]) -> Tensor:
+    """What a class that is not stored has at most: less than the least that is. ``(1, *S)``."""
+    foreground = known if note["background"] is None else known[1:]  # background is stored first
+    least = foreground[-1:].exp() if len(foreground) else torch.ones_like(known[:1])
+    return least * (1 - 2**-20)  # a tie would be with a stored class
 
 
 def _unsettled(
@@ -459,9 +467,7 @@ def _unsettled(
     held = torch.zeros(logits.shape, dtype=torch.bool).scatter_(0, stored.classes, value=True)
     absent, known = ~held, stored.log_probabilities()
     rest = _rest(known)[0]
-    foreground = known if note["background"] is None else known[1:]  # background is stored first
-    least = foreground[-1].exp() if len(foreground) else torch.ones_like(rest)
-    most = torch.minimum(rest, least * (1 - 2**-20))  # a tie would be with a stored class
+    most = torch.minimum(rest, _most(known, note)[0])
     others = (rest - most).clamp(min=1e-30) / max(1, len(absent) - len(known) - 1)
     # An answer that is not stored stands only if its share is known: if it is the only such class.
     index = before.long().clamp(0, len(held) - 1)[None]

@@ -185,6 +185,8 @@ class TwoStageObjective:
         ignore_index: Label of pixels that do not count.
         seed: Of CutMix and dropped channels, with the step.
         num_classes: How many classes the student must have; None: not checked.
+        class_weights: Of the cross-entropy of each class, on labeled and on unlabeled images;
+            None: 1.
 
     Examples:
         >>> objective = TwoStageObjective((Stage(name="external", steps=10),))
@@ -201,6 +203,7 @@ class TwoStageObjective:
     ignore_index: int = 255
     seed: int = 0
     num_classes: int | None = None
+    class_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -379,10 +382,14 @@ class TwoStageObjective:
         valid: Tensor | None = None,
         share: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
+        weights: Tensor | None = None
+        if self.class_weights is not None:
+            weights = torch.tensor(self.class_weights, device=logits.device)
         return masked_cross_entropy(
             logits,
             labels,
             weight=weight,
+            class_weights=weights,
             denominator=denominator,
             valid=valid,
             ignore_index=self.ignore_index,

@@ -150,6 +150,7 @@ def masked_cross_entropy(
     labels: Tensor,
     *,
     weight: Tensor | None = None,
+    class_weights: Tensor | None = None,
     denominator: Denominator = "kept",
     valid: Tensor | None = None,
     ignore_index: int = 255,
@@ -169,6 +170,8 @@ def masked_cross_entropy(
             Shape ``(B, *S)``. Or probabilities, floating ``(B, C, *S)``, 0 in all classes where
             abstained; with ``"valid"`` they need ``valid``.
         weight: Of each pixel, bool or floating, at least 0. Shape ``(B, *S)``.
+        class_weights: Of the cross-entropy of each class, at least 0; no denominator knows of
+            them, so that a pixel counts the same whatever else is in the batch. Shape ``(C,)``.
         denominator: What the sum is divided by.
         valid: Which pixels lie inside the image, for ``"valid"``; None: those whose label is not
             ``pad_index``. bool ``(B, *S)``.
@@ -193,18 +196,27 @@ def masked_cross_entropy(
     """
     _check_loss(logits, labels, (weight, valid), (ignore_index, pad_index), denominator)
     values = upcast(logits)
+    if class_weights is not None:
+        _check_class_weights(class_weights, logits)
+        class_weights = class_weights.to(values.dtype)
     soft = labels.is_floating_point()
     kept = (labels > 0).any(1) if soft else (labels != ignore_index) & (labels != pad_index)
     if weight is not None:
         kept = kept & (weight > 0)
     if soft:
-        each = functional.cross_entropy(values, labels.to(values.dtype), reduction="none")
+        each = functional.cross_entropy(
+            values, labels.to(values.dtype), weight=class_weights, reduction="none"
+        )
         total = (each * torch.where(kept, 1 if weight is None else weight, 0)).sum()
     else:
         target = torch.where(kept, labels.long(), ignore_index)
         whole = weight is None or weight.dtype == torch.bool
         each = functional.cross_entropy(
-            values, target, ignore_index=ignore_index, reduction="sum" if whole else "none"
+            values,
+            target,
+            weight=class_weights,
+            ignore_index=ignore_index,
+            reduction="sum" if whole else "none",
         )
         total = each if weight is None or whole else (each * torch.where(kept, weight, 0)).sum()
     if denominator == "kept":
@@ -253,3 +265,13 @@ def _check_loss(
             'valid must be given with probabilities and denominator "valid", for they do not say '
             "what lies outside the image; got None"
         )
+
+
+def _check_class_weights(class_weights: Tensor, logits: Tensor) -> None:
+    _checks.check_tensor("class_weights", class_weights)
+    if not class_weights.is_floating_point() or class_weights.shape != logits.shape[1:2]:
+        raise InputError(
+            f"class_weights must be floating with shape ({logits.shape[1]},); "
+            f"got {class_weights.dtype} {_checks.describe(class_weights.shape)}"
+        )
+    _checks.check_device("class_weights", class_weights, logits, "logits")

@@ -29,6 +29,8 @@ class TrainConfig:
         momentum: Of SGD.
         weight_decay: On every parameter.
         poly_power: How the learning rate falls.
+        class_weights: Of the cross-entropy of each class, so that rare ones are learned at all;
+            None: 1.
         head: First parts of the names of the parameters that learn ``head_multiplier`` times as
             fast.
         head_multiplier: How much faster; at 1 ``head`` does not matter.
@@ -63,6 +65,7 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     poly_power: float = 0.9
+    class_weights: tuple[float, ...] | None = None
     head: tuple[str, ...] = ("head",)
     head_multiplier: float = 1.0
     clip: float | None = None
@@ -103,7 +106,19 @@ class TrainConfig:
             raise InputError('ema_decay must be given for a stage of source "teacher"; got None')
         if self.compile and any(stage.perturb for stage in self.stages):
             raise InputError("compile must be off where a stage perturbs submodules; got True")
+        self._check_class_weights()
         TwoStageObjective(self.stages)
+
+    def _check_class_weights(self) -> None:
+        if self.class_weights is None:
+            return
+        if len(self.class_weights) != self.num_classes:
+            raise InputError(
+                f"class_weights must be {self.num_classes}, one per class; "
+                f"got {len(self.class_weights)}"
+            )
+        for index, weight in enumerate(self.class_weights):
+            _checks.check_weight(f"class_weights[{index}]", weight)
 
     def fingerprint(self) -> str:
         """All that a run's numbers depend on; what it prints and keeps may change on resuming."""

@@ -125,7 +125,11 @@ class Trainer:
     ) -> None:
         self.config = config
         self.objective: TwoStageObjective = TwoStageObjective(
-            config.stages, config.ignore_index, config.seed, config.num_classes
+            config.stages,
+            config.ignore_index,
+            config.seed,
+            config.num_classes,
+            config.class_weights,
         )
         self.directory: Path = Path(directory)
         self.validation = validation
