@@ -546,17 +546,18 @@ def label_scores_in_parts(
 def _at_least(parts: Parts, labels: Tensor) -> Parts:
     """The classes that rank no later than the label, itself included: true, or ones and zeros."""
     own, narrow = at_class(parts, labels), labels.int()
-    if not torch.compiler.is_compiling():
-        (x,) = parts
-        (index,) = class_index(parts)
-        # As :func:`cpseg._classes.holds` compares, and bools add and multiply no faster.
-        tied = torch.eq(x, own, out=torch.empty_like(x))
-        tied *= torch.le(index.to(x.dtype), narrow.to(x.dtype), out=torch.empty_like(x))
-        return [tied.add_(torch.gt(x, own, out=torch.empty_like(x)))]
-    return [
-        (part > own) | ((part == own) & (index <= narrow))
-        for part, index in zip(parts, class_index(parts), strict=True)
-    ]
+    pairs = zip(parts, class_index(parts), strict=True)
+    if torch.compiler.is_compiling():
+        return [(part > own) | ((part == own) & (index <= narrow)) for part, index in pairs]
+    return [_at_least_in_place(part, own, index, narrow) for part, index in pairs]
+
+
+def _at_least_in_place(part: Tensor, own: Tensor, index: Tensor, narrow: Tensor) -> Tensor:
+    """As :func:`cpseg._classes.holds` compares; bools would add and multiply no faster."""
+    dtype = part.dtype
+    ahead = torch.eq(part, own, out=torch.empty_like(part))
+    ahead *= torch.le(index.to(dtype), narrow.to(dtype), out=torch.empty_like(part))
+    return ahead.add_(torch.gt(part, own, out=torch.empty_like(part)))
 
 
 def _sum_where(masks: Parts, values: Parts) -> Tensor:
