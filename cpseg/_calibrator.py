@@ -173,11 +173,12 @@ class AnyCalibrator:
         # State made inside a caller's inference mode could not be added to outside it.
         with torch.inference_mode(mode=False), torch.no_grad():
             scales = self._scales(classes)
-            cells, *pooled_cells, places, marks = score_columns(
+            cells, *pooled_cells, places, mark = score_columns(
                 lambda score: _Scored(score, scales, self.ignore_index),
                 self.score,
                 logits,
-                (labels[:, None],),
+                (labels,),
+                summed=True,
                 compiled=self.compiled,
             )
             # From here on nothing is refused. If it is interrupted, nothing is computed from half.
@@ -185,11 +186,9 @@ class AnyCalibrator:
             own, pooled = self._evidence(classes, logits.device)
             self._open.update(ids or ())
             home = own.num_units.device  # where the first batch was, or the state loaded
-            cells, places, marks = (
-                part.to(home).reshape(batch, -1) for part in (cells, places, marks)
-            )
+            cells, places = (part.to(home).reshape(batch, -1) for part in (cells, places))
             pixels = occurrences(places, classes + len(_CODES))
-            self._note(pixels, marks)
+            self._note(pixels, places.shape[1], mark.to(home))
             if own is not pooled or "group" in self.axes:
                 placed, counted = self._rows(rows.to(home), places, pixels, (batch, *space))
                 own.add(cells, placed, counted, ids)
@@ -200,20 +199,21 @@ class AnyCalibrator:
         self._torn = False
         return self
 
-    def _note(self, pixels: Tensor, marks: Tensor) -> None:
+    def _note(self, pixels: Tensor, size: int, mark: Tensor) -> None:
         """Take note of faults, of classes' shares and of the data itself.
 
         Args:
             pixels: How many pixels of each entry have each class or code. ``(B, C + codes)``.
-            marks: Of each pixel that counts, else 0. ``(B, N)``.
+            size: How many pixels an entry has, N.
+            mark: Of all pixels that count, added up. ``()``.
         """
         classes = len(self._max_share)
         self._faults[: len(_CODES) - 1] += pixels[:, classes + 1 :].sum(0)
         # Of all its pixels, void ones too: a nearly void image must not make a share of 1 plausible.
-        share = pixels[:, :classes].double() / marks.shape[1]
+        share = pixels[:, :classes].double() / size
         self._max_share = self._max_share.maximum(share.amax(0))
         # Order-free: a wrapped sum over the pixels.
-        self._checksum += torch.stack((pixels[:, :classes].sum(), marks.sum(dtype=torch.int64)))
+        self._checksum += torch.stack((pixels[:, :classes].sum(), mark))
 
     def _rows(
         self, rows: Tensor, places: Tensor, pixels: Tensor, shape: tuple[int, ...]
@@ -662,7 +662,7 @@ def check_origin(name: str, fitted_on: Origin, calibrator: AnyCalibrator) -> Non
 
 # In place of a class, from C on: no label, one that is no class, logits that give no score, a score
 # outside the range it declares.
-_CODES = (_IGNORED, _UNKNOWN, _UNUSABLE, _BEYOND) = range(4)
+_CODES = range(4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -677,20 +677,19 @@ class _Scored:
     ignore_index: int
 
     def __call__(self, x: Parts, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
-        labels = beside[0][0]
+        labels = beside[0].long()
         classes = num_classes(x)
-        known = (labels >= 0) & (labels < classes)
-        clean = labels * known
+        clean = labels.clamp(0, classes - 1)
+        known = clean == labels
         scores = upward(label_scores_in_parts(self.score, x, position, clean))
-        code = torch.where(self.scales[0].fits(scores), -1, _BEYOND)
-        code = torch.where(scores == scores, code, _UNUSABLE)  # noqa: PLR0124 - NaN, vectorised
-        missing = torch.where(labels == self.ignore_index, _IGNORED, _UNKNOWN)
-        code = torch.where(known, code, missing)
-        counts = code < 0
+        usable = known & (scores == scores)  # noqa: PLR0124 - NaN, vectorised
+        counts = known & self.scales[0].fits(scores)
+        # The code is how many tests are passed: some label, a class, a score.
+        code = (labels != self.ignore_index).int() + known.int() + usable.int()
         cells = [torch.where(counts, s.cells(scores), s.num_cells) for s in self.scales]
-        place = torch.where(counts, clean, code + classes)
+        place = torch.where(counts, clean.int(), code + classes)
         small = classes + len(_CODES) <= 256
-        mark = torch.where(counts, data_mark(clean, at_class(x, clean)), 0)
+        mark = data_mark(clean, at_class(x, clean)) * counts.int()
         return *cells, place.to(torch.uint8 if small else torch.int32), mark
 
 

@@ -6,7 +6,7 @@ the logits are read once, and nothing between logits and result is written to me
 many classes, which would compile for minutes that way, takes the block as one part again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 
 import torch
@@ -21,6 +21,7 @@ __all__ = [
     "class_index",
     "first_class",
     "first_equal",
+    "holds",
     "how_many",
     "in_parts",
     "joined",
@@ -68,6 +69,14 @@ def of_class(parts: Parts, index: int) -> Tensor:
             return part[index]
         index -= len(part)
     raise IndexError(index)
+
+
+def holds(compare: Callable[..., Tensor], part: Tensor, other: Tensor) -> Tensor:
+    """A comparison such as ``torch.gt``: bool, of the shape and as elementwise as ``part``."""
+    if torch.compiler.is_compiling():
+        return compare(part, other)
+    # It is vectorised where its result has the type of what it compares, and 4 times as slow else.
+    return compare(part, other, out=torch.empty_like(part)).bool()
 
 
 def largest(parts: Parts) -> Tensor:
@@ -137,7 +146,7 @@ def top_class(parts: Parts) -> Tensor:
 
 def first_equal(parts: Parts, values: Tensor) -> Tensor:
     """The first class of that value, 0 where there is none. ``(N,)``."""
-    return first_class([part == values for part in parts])
+    return first_class([holds(torch.eq, part, values) for part in parts])
 
 
 def best_of(parts: Parts, choice: Parts) -> Tensor:
@@ -150,4 +159,4 @@ def best_of(parts: Parts, choice: Parts) -> Tensor:
     pairs = list(zip(parts, choice, strict=True))
     best = largest([torch.where(chosen, part, -torch.inf) for part, chosen in pairs])
     # A choice may have logit -inf, and must still win.
-    return first_class([(part == best) & chosen for part, chosen in pairs])
+    return first_class([holds(torch.eq, part, best) & chosen for part, chosen in pairs])

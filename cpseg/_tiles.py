@@ -3,13 +3,13 @@
 An operation is written once, on *columns*: a ``(C, N)`` block of pixels. :func:`walk` cuts a batch
 into blocks that fit a core's cache, runs the operation on each and puts the results together, so
 that nothing of the logits' size exists but the result. The same operation runs compiled, fused
-into one kernel: every block then has the same shape, whatever the batch, so that one graph serves
-all of them.
+into one kernel for any number of pixels, so that one graph serves all batches.
 """
 
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import pairwise, repeat
 from math import prod
 from types import FunctionType
 from typing import Protocol
@@ -24,7 +24,8 @@ __all__ = ["Columns", "CompileWarning", "upcast", "walk", "whole"]
 # Elements of a block, by device: eager ones fill a core's cache (a good share of a small GPU);
 # compiled ones are worth a call. A device that is not listed takes whole images compiled.
 _EAGER = {"cpu": 2**18, "cuda": 2**28}
-_COMPILED = {"cpu": 2**20}
+_COMPILED = {"cpu": 2**19}
+_VIEWED = 4  # times as many where a kernel reads them in place
 _ROWS = 32  # classes up to which a kernel takes each for itself
 
 
@@ -36,7 +37,7 @@ class Columns(Protocol):
     """An operation on a block of pixels; hashable, and equal to one that does the same.
 
     It gets the block in parts, ``(K, N)`` each in float32 or float64, the pixels' positions in
-    ``*S``, int64 ``(N,)``, what lies beside the pixels, ``(K, N)`` each, and what is the same for
+    ``*S``, int64 ``(N,)``, what lies beside the pixels, ``(N,)`` each, and what is the same for
     all of them. It gives tensors ``(N,)`` or ``(K, N)``, each column from its own column alone,
     and changes nothing that it gets.
     """
@@ -59,6 +60,7 @@ def walk(
     near: Sequence[Tensor] = (),
     fixed: Sequence[Tensor] = (),
     *,
+    summed: bool = False,
     compiled: bool = False,
 ) -> tuple[Tensor, ...]:
     """Run ``columns`` over all pixels, a block at a time.
@@ -70,108 +72,123 @@ def walk(
     Args:
         columns: The operation.
         logits: Shape ``(B, C, *S)``.
-        near: What lies beside the pixels, each ``(1 or B, K, *S)``.
+        near: What lies beside the pixels, each ``(1 or B, *S)``.
         fixed: What all pixels share.
+        summed: Of the last thing that ``columns`` gives, integers ``(N,)``, the sum is wanted.
         compiled: Fuse the operation with ``torch.compile``.
 
     Returns:
-        What ``columns`` gave, each ``(B, *S)`` or ``(B, K, *S)``.
+        What ``columns`` gave, each ``(B, *S)`` or ``(B, K, *S)``; a sum is int64 ``()``.
     """
     if torch.compiler.is_compiling():
-        return whole(columns, logits, near, fixed)
+        return whole(columns, logits, near, fixed, summed=summed)
     # State and buffers of a caller's inference mode would be other graphs, and could not be
     # written to outside it.
     with torch.inference_mode(mode=False), torch.no_grad():
         device = logits.device.type
         compiled = compiled and _compiler_works(device)
         classes, size = logits.shape[1], prod(logits.shape[2:])
-        if not compiled:
-            width = max(_EAGER.get(device, 2**18) // classes // 32 * 32, 32)
-        elif device in _COMPILED:  # a power of 2: so are many images, and none is cut short
-            width = max(2 ** ((_COMPILED[device] // classes).bit_length() - 1), 32)
+        rows = compiled and classes <= _ROWS
+        if compiled:
+            run = _compiled(columns, classes, logits.dtype, device)
+            most = _COMPILED.get(device, classes * size) // classes
         else:
-            width = max(size, 1)
-        run = _compiled(columns, classes, logits.dtype, device) if compiled else None
-        fill = compiled and device in _COMPILED
+            run, most = columns, _EAGER.get(device, 2**18) // classes
         results: list[Tensor] = []
-        for images, pixels, block in _blocks(logits, near, width, fill=fill, upcasts=run is None):
-            x, position, *beside = block
-            if run is None:
-                made = columns((x,), position, *beside, *fixed)
-            else:
-                made = run(x.unbind() if classes <= _ROWS else (x,), position, *beside, *fixed)
+        total = torch.zeros((), dtype=torch.int64, device=logits.device)
+        blocks = _blocks(logits, near, most, rows=rows, upcasts=not compiled)
+        for images, pixels, x, beside in blocks:
+            parts = x.unbind() if rows else (x,)
+            if compiled:
+                for part in (*parts, *beside):
+                    torch._dynamo.mark_dynamic(part, part.ndim - 1)
+            made = run(parts, *beside, *fixed)
             count, n = images.stop - images.start, pixels.stop - pixels.start
+            if summed:
+                total += made[-1][: count * n].sum(dtype=torch.int64)
+                made = made[:-1]
             results = results or [
                 part.new_empty((len(logits), *part.shape[:-1], size)) for part in made
             ]
             for result, part in zip(results, made, strict=True):
                 filled = part[..., : count * n].view(*part.shape[:-1], count, n)
                 result[images, ..., pixels] = filled if part.ndim == 1 else filled.transpose(0, 1)
-        return tuple(result.view(*result.shape[:-1], *logits.shape[2:]) for result in results)
+        kept = tuple(result.view(*result.shape[:-1], *logits.shape[2:]) for result in results)
+        return (*kept, total) if summed else kept
 
 
 def whole(
-    columns: Columns, logits: Tensor, near: Sequence[Tensor] = (), fixed: Sequence[Tensor] = ()
+    columns: Columns,
+    logits: Tensor,
+    near: Sequence[Tensor] = (),
+    fixed: Sequence[Tensor] = (),
+    *,
+    summed: bool = False,
 ) -> tuple[Tensor, ...]:
     """As :func:`walk`, all pixels at once: for a caller's compiler, or an operation of images."""
     batch, classes, *space = logits.shape
     x = upcast(logits).movedim(1, 0).reshape(classes, -1)
     position = torch.arange(prod(space), device=logits.device).repeat(batch)
-    rows = [
-        part.expand(batch, -1, *space).movedim(1, 0).reshape(part.shape[1], -1) for part in near
-    ]
-    made = columns((x,), position, *rows, *fixed)
-    return tuple(
-        part.reshape(*part.shape[:-1], batch, *space).movedim(part.ndim - 1, 0) for part in made
+    beside = [part.expand(batch, *space).reshape(-1) for part in near]
+    made = columns((x,), position, *beside, *fixed)
+    kept = made[:-1] if summed else made
+    shaped = (
+        part.reshape(*part.shape[:-1], batch, *space).movedim(part.ndim - 1, 0) for part in kept
     )
+    return (*shaped, made[-1].sum(dtype=torch.int64)) if summed else tuple(shaped)
 
 
 def _blocks(
-    logits: Tensor, near: Sequence[Tensor], width: int, *, fill: bool, upcasts: bool
-) -> Iterator[tuple[slice, slice, tuple[Tensor, ...]]]:
-    """Images, pixels, and their block: ``x``, positions, what is near. One at least, if empty.
+    logits: Tensor, near: Sequence[Tensor], most: int, *, rows: bool, upcasts: bool
+) -> Iterator[tuple[slice, slice, Tensor, list[Tensor]]]:
+    """Images, pixels, and their block: ``x``; positions and what is near. One at least, if empty.
 
-    Blocks that are no views share their memory. With ``fill`` they all have the given width, and
-    are views where they can be: a kernel reads each logit once. Else a view must be all of an
-    image: what is read again and again is better copied than left in rows far apart, which a cache
-    holds few of where the distance is a power of 2.
+    A block is a view where it can be, else a copy of at most ``most`` pixels; copies share their
+    memory. With ``rows`` each logit will be read once: rows of a view may lie apart, and are cut
+    where 32 of them go into no more. Else a view must be all of an image: what is read again and
+    again is better copied than left in rows far apart, which a cache holds few of where the
+    distance is a power of 2.
     """
     batch, size = len(logits), prod(logits.shape[2:])
-    images, pixels = max(width // max(size, 1), 1), max(min(size, width), 1)
-    position = torch.arange(size, device=logits.device)[None, None]
-    single = upcast(logits[:0]).dtype if upcasts else logits.dtype
-    parts = [(logits, single), (position, torch.int64)]
-    parts += [(part, part.dtype if part.is_floating_point() else torch.int64) for part in near]
-    buffers = [_Buffer(dtype, width if fill else 32, apart=fill) for _, dtype in parts]
-    for rows in _spans(batch, images):
-        count = rows.stop - rows.start
-        some = [part if len(part) == 1 < batch else part[rows] for part, _ in parts]
-        flat = [part.reshape(*part.shape[:2], size) for part in some]
-        for columns in _spans(size, pixels):
-            x, places, *beside = (
-                buffer.filled(part[..., columns], count)
-                for buffer, part in zip(buffers, flat, strict=True)
-            )
-            yield rows, columns, (x, places[0], *beside)
+    images = max(most // max(size, 1), 1)
+    parts = [(logits, upcast(logits[:0]).dtype if upcasts else logits.dtype)]
+    parts += [
+        (part[:, None], part.dtype if part.is_floating_point() else torch.int64) for part in near
+    ]
+    buffers = [_Buffer(dtype, apart=rows) for dtype in (torch.int64, *(kind for _, kind in parts))]
+    for some in _spans(batch, images):
+        count = some.stop - some.start
+        held = [part if len(part) == 1 < batch else part[some] for part, _ in parts]
+        flat = [part.reshape(*part.shape[:2], size) for part in held]
+        viewed = rows and images == 1 and flat[0].stride(2) == 1
+        for pixels in _spans(size, _VIEWED * most, 32) if viewed else _spans(size, most):
+            position = torch.arange(pixels.start, pixels.stop, device=logits.device)
+            block = [position[None, None], *(part[..., pixels] for part in flat)]
+            places, x, *beside = map(_Buffer.filled, buffers, block, repeat(count))
+            yield some, pixels, x, [part[0] for part in (places, *beside)]
 
 
-def _spans(size: int, step: int) -> list[slice]:
-    """``size`` things, ``step`` at a time; one empty span if there are none."""
-    starts = range(0, max(size, 1), step)
-    return [slice(start, min(start + step, size)) for start in starts]
+def _spans(size: int, step: int, unit: int = 1) -> list[slice]:
+    """``size`` things, at most ``step`` at a time, and apart what is left of multiples of ``unit``.
+
+    One empty span if there are none.
+    """
+    step = max(step // unit * unit, unit)
+    edges = sorted({0, *range(0, size, step), size // unit * unit, size})
+    return [slice(start, stop) for start, stop in pairwise([0, 0] if size == 0 else edges)]
 
 
 class _Buffer:
     """Memory for one part of every block that is no view; the rows of a view may lie apart."""
 
-    def __init__(self, dtype: torch.dtype, step: int, *, apart: bool) -> None:
-        self.dtype, self.step, self.apart = dtype, step, apart
+    def __init__(self, dtype: torch.dtype, *, apart: bool) -> None:
+        self.dtype, self.apart = dtype, apart
         self.held: Tensor | None = None
 
     def filled(self, part: Tensor, count: int) -> Tensor:
         """``(1 or count, K, n)`` as ``(K, N)``; what lies beyond the pixels is of no account."""
         height, n = part.shape[1:]
-        width = max(-(-count * n // self.step) * self.step, self.step)
+        width = max(-(-count * n // 32) * 32, 32)
         if count == len(part) == 1 and n == width and part.dtype == self.dtype:
             row = part[0]
             if row.stride(1) == 1 if self.apart else row.is_contiguous():
@@ -190,7 +207,7 @@ def _compiled(columns: Columns, classes: int, dtype: torch.dtype, device: str) -
 
     Dynamo keeps graphs by code object and gives up after eight: hence a copy of the code for each.
     """
-    del classes, dtype
+    del classes, dtype, device
 
     def run(x: Parts, position: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
         # Rows come one by one, so that how far apart they lie is no part of the graph.
@@ -198,7 +215,7 @@ def _compiled(columns: Columns, classes: int, dtype: torch.dtype, device: str) -
         return columns(parts, position, *beside)
 
     own = FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
-    fused: Columns = torch.compile(own, fullgraph=True, dynamic=device not in _COMPILED)
+    fused: Columns = torch.compile(own, fullgraph=True, dynamic=False)
     return fused
 
 
@@ -206,17 +223,19 @@ def _compiled(columns: Columns, classes: int, dtype: torch.dtype, device: str) -
 def _compiler_works(device: str) -> bool:
     """Whether a kernel can be compiled for this kind of device; warns once where not."""
     try:
-        torch.compile(_probe, fullgraph=True)(torch.zeros(64, device=device))
+        works = torch.compile(_probe, fullgraph=True)(torch.zeros(64, device=device)).numel() > 0
+        fault = "it is switched off"
     except Exception as error:  # noqa: BLE001 - a missing compiler fails in many ways
+        works, fault = False, type(error).__name__
+    if not works:
         warnings.warn(
             f"compiled=True needs a compiler for {device}, and there is none that works "
-            f"({type(error).__name__}); going on without",
+            f"({fault}); going on without",
             CompileWarning,
             stacklevel=4,
         )
-        return False
-    return True
+    return works
 
 
 def _probe(x: Tensor) -> Tensor:
-    return x.exp() + 1
+    return x.exp() + 1 if torch.compiler.is_compiling() else x[:0]

@@ -28,6 +28,7 @@ from cpseg._classes import (
     best_of,
     class_index,
     first_equal,
+    holds,
     how_many,
     joined,
     largest,
@@ -650,7 +651,10 @@ class _Soften:
 def _members(scores: Parts, limits: Parts) -> Parts:
     """The members of the set with a finite threshold: nothing is at most ``-inf``."""
     pairs = zip(scores, limits, strict=True)
-    return [part <= torch.where(limit.isinf(), -torch.inf, limit) for part, limit in pairs]
+    return [
+        holds(torch.le, part, torch.where(limit.isinf(), -torch.inf, limit))
+        for part, limit in pairs
+    ]
 
 
 def _decide(mask_filter: _AnyFilter, logits: Tensor, groups: Tensor | None) -> Decision:

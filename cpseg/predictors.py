@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
-from cpseg._classes import Parts, aligned, class_index, joined, num_classes, top_class
+from cpseg._classes import Parts, aligned, class_index, holds, joined, num_classes, top_class
 from cpseg._tiles import Columns, CompileWarning
 from cpseg.calibration import Calibration
 from cpseg.errors import InputError
@@ -121,10 +121,10 @@ def beside_of(
     axes: tuple[str, ...], thresholds: Tensor, logits: Tensor, groups: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What :func:`limits_of` needs: near each pixel, and for all of them."""
-    near = [] if groups is None else [groups if groups.ndim == logits.ndim - 1 else groups[None]]
     if axes == ("location",):
-        return [thresholds[None, None]], []
-    return [rows[:, None] for rows in near], [thresholds]
+        return [thresholds[None]], []
+    near = [] if groups is None else [groups if groups.ndim == logits.ndim - 1 else groups[None]]
+    return near, [thresholds]
 
 
 def limits_of(axes: tuple[str, ...], beside: tuple[Tensor, ...], x: Parts) -> Parts:
@@ -134,11 +134,11 @@ def limits_of(axes: tuple[str, ...], beside: tuple[Tensor, ...], x: Parts) -> Pa
     out of range.
     """
     if axes == ("location",):
-        limit = beside[0]
+        limit = beside[0][None]
     elif "group" not in axes:
         limit = beside[0][:, None]
     else:
-        index, thresholds = beside[0][0], beside[1]
+        index, thresholds = beside
         known = (index >= 0) & (index < len(thresholds))
         limit = thresholds.view(len(thresholds), -1)[index * known].t()
         limit = torch.where(known, limit, torch.inf)
@@ -163,7 +163,8 @@ class _Sets:
         """Whether each class is in, in the parts of the block."""
         scores = scores_in_parts(self.score, x, position)
         limits = limits_of(self.axes, beside, x)
-        members = [~(part > limit) for part, limit in zip(scores, limits, strict=True)]
+        pairs = zip(scores, limits, strict=True)
+        members = [~holds(torch.gt, part, limit) for part, limit in pairs]
         if not self.force_top:
             return members
         top = top_class(x).int()

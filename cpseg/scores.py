@@ -99,8 +99,8 @@ class LAC:
     def label_columns(self, x: Tensor | Parts, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         del position
-        odds, total = _softmax(in_parts(x))
-        return 1 - at_class(odds, labels) / total
+        own, _, total = _softmax_at(in_parts(x), labels)
+        return 1 - own / total
 
 
 @final
@@ -156,9 +156,8 @@ class APS:
     def label_columns(self, x: Tensor | Parts, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         parts = in_parts(x)
-        odds, total = _softmax(parts)
+        own, odds, total = _softmax_at(parts, labels)
         cumulative = _sum_where(_at_least(parts, labels), odds)
-        own = at_class(odds, labels)
         return _adaptive(cumulative, own, total, _draws(self, position, own))
 
 
@@ -223,9 +222,9 @@ class RAPS:
     def label_columns(self, x: Tensor | Parts, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         parts = in_parts(x)
-        odds, total = _softmax(parts)
+        own, odds, total = _softmax_at(parts, labels)
         ahead = _at_least(parts, labels)
-        own, cumulative = at_class(odds, labels), _sum_where(ahead, odds)
+        cumulative = _sum_where(ahead, odds)
         score = _adaptive(cumulative, own, total, _draws(self, position, own))
         return score + self._cost(how_many(ahead))
 
@@ -513,8 +512,15 @@ def _mix_key(h: int) -> int:
 def _softmax(parts: Parts) -> tuple[Parts, Tensor]:
     """``exp(x - max)`` and its sum: probabilities are their quotient. NaN where x is unusable."""
     most = largest(parts)
-    odds = [(part - most).exp() for part in parts]
+    odds = [(part - most).exp_() for part in parts]
     return odds, summed(odds)
+
+
+def _softmax_at(parts: Parts, labels: Tensor) -> tuple[Tensor, Parts, Tensor]:
+    """The label's odds, and those of :func:`_softmax`."""
+    most = largest(parts)
+    odds = [(part - most).exp_() for part in parts]
+    return (at_class(parts, labels) - most).exp_(), odds, summed(odds)
 
 
 def _softmax_tolerance(num_classes: int) -> float:
@@ -538,12 +544,20 @@ def label_scores_in_parts(
 
 
 def _at_least(parts: Parts, labels: Tensor) -> Parts:
-    """The classes that rank no later than the label, itself included. Bool."""
+    """The classes that rank no later than the label, itself included: true, or ones and zeros."""
     own, narrow = at_class(parts, labels), labels.int()
-    return [
-        (part > own) | ((part == own) & (index <= narrow))
-        for part, index in zip(parts, class_index(parts), strict=True)
-    ]
+    pairs = zip(parts, class_index(parts), strict=True)
+    if torch.compiler.is_compiling():
+        return [(part > own) | ((part == own) & (index <= narrow)) for part, index in pairs]
+    return [_at_least_in_place(part, own, index, narrow) for part, index in pairs]
+
+
+def _at_least_in_place(part: Tensor, own: Tensor, index: Tensor, narrow: Tensor) -> Tensor:
+    """As :func:`cpseg._classes.holds` compares; bools would add and multiply no faster."""
+    dtype = part.dtype
+    ahead = torch.eq(part, own, out=torch.empty_like(part))
+    ahead *= torch.le(index.to(dtype), narrow.to(dtype), out=torch.empty_like(part))
+    return ahead.add_(torch.gt(part, own, out=torch.empty_like(part)))
 
 
 def _sum_where(masks: Parts, values: Parts) -> Tensor:
@@ -656,7 +670,7 @@ class _Labels:
     score: ColumnScore
 
     def __call__(self, x: Parts, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
-        labels = beside[0][0]
+        (labels,) = beside
         known = (labels >= 0) & (labels < num_classes(x))
         scores = label_scores_in_parts(self.score, x, position, labels * known)
         return (torch.where(known, scores, torch.nan),)
@@ -669,6 +683,7 @@ def score_columns(
     near: Sequence[Tensor] = (),
     fixed: Sequence[Tensor] = (),
     *,
+    summed: bool = False,
     compiled: bool = False,
 ) -> tuple[Tensor, ...]:
     """Run ``build(score)`` over a batch, as :func:`cpseg._tiles.walk` does.
@@ -676,15 +691,17 @@ def score_columns(
     A score that is no :class:`ColumnScore` sees whole images, a part of the batch at a time.
     """
     if isinstance(score, ColumnScore):
-        return walk(build(score), logits, near, fixed, compiled=compiled)
+        return walk(build(score), logits, near, fixed, summed=summed, compiled=compiled)
     step = max(_PART_ELEMENTS.get(logits.device.type, 2**20) // max(logits[:1].numel(), 1), 1)
     parts = []
     with torch.inference_mode(mode=False), torch.no_grad():
         for start in range(0, max(len(logits), 1), step):
             some = slice(start, start + step)
             beside = [rows if len(rows) == 1 < len(logits) else rows[some] for rows in near]
-            parts.append(whole(build(_OfImages(score, logits[some])), logits[some], beside, fixed))
-    return tuple(torch.cat(made) for made in zip(*parts, strict=True))
+            columns = build(_OfImages(score, logits[some]))
+            parts.append(whole(columns, logits[some], beside, fixed, summed=summed))
+    made = list(zip(*parts, strict=True))
+    return tuple(torch.cat(pieces) if pieces[0].ndim else sum(pieces) for pieces in made)
 
 
 _PART_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # worth the calls, and small beside a batch
@@ -729,7 +746,7 @@ def label_scores(score: ColumnScore, logits: Tensor, labels: Tensor) -> Tensor:
     """The labels' scores, NaN where a label is no class. ``(B, *S)``."""
     _checks.check_logits(logits)
     _checks.check_labels(labels, logits)
-    return walk(_Labels(score), logits, (labels[:, None],))[0]
+    return walk(_Labels(score), logits, (labels,))[0]
 
 
 # --- parameters ----------------------------------------------------------------------------------

@@ -204,6 +204,22 @@ def test_two_graphs_serve_all_shapes_strides_and_grad_modes(dtype: torch.dtype) 
         assert counters["stats"]["unique_graphs"] <= 2
 
 
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("classes", [C, 40], ids=["one by one", "all at once"])
+def test_two_graphs_serve_all_updates(classes: int) -> None:
+    calibrator = ClassConditionalCalibrator(classes, compiled=True)
+    for make in LAYOUTS:
+        logits = make().repeat_interleave(classes // C, 1)
+        labels = torch.randint(0, classes, (len(logits), *logits.shape[2:]))
+        for kind in (torch.int64, torch.uint8):
+            with torch.enable_grad():
+                calibrator.update(logits, labels.to(kind))
+        if make is LAYOUTS[0]:  # the probe, and what is made once
+            cpseg._tiles._compiled.cache_clear()
+            counters.clear()
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2
+
+
 def test_a_kernel_gives_what_the_eager_path_gives() -> None:
     logits = batch_of("random")[0]
     calibration, _ = calibrations(APS())["class"]
@@ -213,18 +229,29 @@ def test_a_kernel_gives_what_the_eager_path_gives() -> None:
     assert torch.equal(sets[clear], PixelSetPredictor(calibration)(logits).movedim(1, -1)[clear])
 
 
-def test_without_a_compiler_it_warns_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("no compiler here")
+def broken(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("no compiler here")
 
+
+def switched_off(function: Any, **_: Any) -> Any:
+    """What ``torch.compile`` does where ``TORCHDYNAMO_DISABLE`` is set."""
+    return function
+
+
+@pytest.mark.parametrize(
+    ("replaced", "told"), [(broken, "RuntimeError"), (switched_off, "switched off")]
+)
+def test_without_a_compiler_it_warns_once_and_goes_on(
+    replaced: Any, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     logits, labels, _ = batch_of("random", 20)
     calibration = SplitCalibrator().update(logits, labels).compute(0.2)
     eager = PixelSetPredictor(calibration)(logits)
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch, "compile", replaced)
     cpseg._tiles._compiler_works.cache_clear()
     try:
         predictor = PixelSetPredictor(calibration, compiled=True)
-        with pytest.warns(CompileWarning, match="RuntimeError"):
+        with pytest.warns(CompileWarning, match=told):
             assert torch.equal(predictor(logits), eager)
         assert torch.equal(predictor(logits), eager)  # a second warning would be an error
         labels = Argmax(calibration, compiled=True)(logits)
