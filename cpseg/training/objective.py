@@ -295,15 +295,16 @@ class TwoStageObjective:
     def _own(self, stage: Stage, labeler: nn.Module, batch: Batch) -> Tensor:
         """A network's own probabilities, or their product with external ones. ``(U, C, H, W)``.
 
-        With class weights a network says each class as many times too often as its weight. Alone
-        it would learn from itself to do so once more, and more with every step: the weights are
-        divided out. In a product they stay: two beliefs that both know which classes are rare
-        count that twice, and weights above 1 for rare classes take some of it back.
+        With class weights a network says each class as many times too often as its weight. From
+        its own probabilities alone it would learn to do so once more, and more with every step:
+        there the weights are divided out. A label is its answer, weights and all. And in a
+        product they stay: two beliefs that both know which classes are rare count that twice,
+        and weights above 1 for rare classes take some of it back.
         """
         logits = _own_logits(labeler, batch.weak)
         if stage.merge == "multiply":
             return multiply_probabilities(logits, batch.external)
-        if self.class_weights is not None:
+        if stage.own == "probabilities" and self.class_weights is not None:
             weights = torch.tensor(self.class_weights, device=logits.device)
             logits = logits - torch.where(weights > 0, weights, 1).log().view(-1, 1, 1)
         return multiply_probabilities(logits, torch.ones_like(logits))
