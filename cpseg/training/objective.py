@@ -22,6 +22,7 @@ from cpseg.training.schedules import Constant, Schedule
 from cpseg.training.students import logits_of
 from cpseg.training.targets import (
     Denominator,
+    MergeMode,
     masked_cross_entropy,
     merge_pseudo_labels,
     multiply_probabilities,
@@ -270,6 +271,7 @@ class TwoStageObjective:
             )
         if soft and not own:
             return Targets(batch.external, (batch.external > 0).any(1) & batch.valid)
+        mode: MergeMode
         if own:
             shares = self._own(stage, labeler, batch)
             confidence, labels = shares.max(1)
@@ -277,10 +279,11 @@ class TwoStageObjective:
             if stage.merge is None or stage.merge == "multiply":
                 kept = (confidence >= stage.threshold) & batch.valid
                 return Targets(shares if stage.own == "probabilities" else labels, kept)
+            mode = stage.merge
         else:
+            mode = "replace"
             labels = torch.zeros_like(batch.external)
             confidence = torch.zeros(labels.shape, device=labels.device)
-        mode = stage.merge or "replace"
         labels, confidence = merge_pseudo_labels(
             labels,
             confidence,
