@@ -701,7 +701,9 @@ def score_columns(
             columns = build(_OfImages(score, logits[some]))
             parts.append(whole(columns, logits[some], beside, fixed, summed=summed))
     made = list(zip(*parts, strict=True))
-    return tuple(torch.cat(pieces) if pieces[0].ndim else sum(pieces) for pieces in made)
+    return tuple(
+        torch.cat(pieces) if pieces[0].ndim else torch.stack(pieces).sum() for pieces in made
+    )
 
 
 _PART_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # worth the calls, and small beside a batch
