@@ -50,17 +50,18 @@ def test_a_row_is_never_run_again(students: Any, tmp_path: Path) -> None:
     students.quick(ARMS[:1], 3, (0,), tmp_path)
     before = rows_of(tmp_path / "students.csv")
     students.quick(ARMS[:1], 3, (0, 1), tmp_path)
+    students.quick(ARMS[:1], 4, (0,), tmp_path)
     after = rows_of(tmp_path / "students.csv")
     assert after[0] == before[0]
-    assert [row["seed"] for row in after] == ["0", "1"]
+    assert [(row["seed"], row["steps"]) for row in after] == [("0", "3"), ("1", "3"), ("0", "4")]
 
 
 def test_a_run_that_was_cut_ends_as_one_that_was_not(students: Any, tmp_path: Path) -> None:
     frames, val = students.shapes(20, 2, "train0"), students.shapes(4, 3, "valid0")
     split = students.split_of(frames, val, list(range(12)), "")
-    task = students.Task("raw", 12, 0, "")
-    whole, _ = students.train(task, split, 5, tmp_path / "whole", float("inf"))
-    parts = [students.train(task, split, 5, tmp_path / "cut", 0.0) for _ in range(5)]
+    task = students.Task("raw", 12, 0, "", 5)
+    whole, _ = students.train(task, split, tmp_path / "whole", float("inf"))
+    parts = [students.train(task, split, tmp_path / "cut", 0.0) for _ in range(5)]
     assert parts[:4] == [None] * 4  # a step each
     for a, b in zip(whole.parameters(), parts[4][0].parameters(), strict=True):
         assert torch.equal(a, b)
@@ -123,8 +124,8 @@ def test_a_rows_miou_leaves_the_held_out_video_to_its_own_column(students: Any) 
         torch.cat((old.labels, old.labels, new.labels)),
     )
     split = students.split_of(both, some("valid0", 0, 0), [0], "train1")
-    task = students.Task("raw", 1, 0, "train1")
-    row = students.row_of(task, split, 5, Sure(), torch.zeros(1, 4, 4, dtype=torch.int64))
+    task = students.Task("raw", 1, 0, "train1", 5)
+    row = students.row_of(task, split, Sure(), torch.zeros(1, 4, 4, dtype=torch.int64))
     assert row["miou"] == "1.0000"
     assert json.loads(row["miou_by_video"]) == {"train1": 0.0, "valid0": 1.0}
 

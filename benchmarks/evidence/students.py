@@ -7,7 +7,8 @@ Every run is one row of a results file. A row that is there is never run again, 
 goes on where it stopped, and several processes may work on one file.
 
     python benchmarks/evidence/students.py --data PATH [--arms NAME ...] [--counts 46 ...]
-        [--seeds 0 1 2 3 4] [--hold-out VIDEO] [--whole] [--minutes 50] [--jobs 2]
+        [--seeds 0 1 2 3 4] [--steps 1500] [--hold-out VIDEO] [--whole] [--minutes 50]
+        [--jobs 2]
     python benchmarks/evidence/students.py --table
     python benchmarks/evidence/students.py --quick
 
@@ -61,6 +62,7 @@ COLUMNS = (
     *("arm", "count", "seed", "size", "held_out", "steps", "commit", "miou"),
     *("kept", "right", "miou_by_video", "iou_by_class"),
 )
+KEYS = COLUMNS.index("commit")  # what comes before tells runs apart
 Key = tuple[str, ...]
 
 # The same for all arms. STEPS are the optimizer's, whatever a step sees.
@@ -302,9 +304,10 @@ class Task:
     count: int
     seed: int
     held_out: str
+    steps: int
 
     def key(self, size: str) -> Key:
-        return (self.arm, str(self.count), str(self.seed), size, self.held_out)
+        return (self.arm, str(self.count), str(self.seed), size, self.held_out, str(self.steps))
 
 
 @dataclass(frozen=True)
@@ -321,11 +324,11 @@ class Split:
         return f"{height}x{width}"
 
 
-def config_of(arm: Arm, split: Split, steps: int, seed: int) -> TrainConfig:
+def config_of(task: Task, split: Split) -> TrainConfig:
     """An arm's recipe with what is the same for all."""
     height, width = split.test.labels.shape[1:]
     return replace(
-        arm.recipe(len(split.test.classes), steps, (height, width)),
+        ARMS[task.arm].recipe(len(split.test.classes), task.steps, (height, width)),
         scale=(1.0, 1.0),
         labeled_batch=LABELED,
         unlabeled_batch=UNLABELED,
@@ -338,7 +341,7 @@ def config_of(arm: Arm, split: Split, steps: int, seed: int) -> TrainConfig:
         save_every=200,
         log_every=100,
         bar=False,
-        seed=seed,
+        seed=task.seed,
         head_multiplier=1.0,
     )
 
@@ -366,16 +369,15 @@ def pairs(of: Frames, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def train(
-    task: Task, split: Split, steps: int, directory: Path, until: float
+    task: Task, split: Split, directory: Path, until: float
 ) -> tuple[nn.Module, Tensor] | None:
     """A task's student, trained to the end, and its external labels; None if the time was up."""
-    arm = ARMS[task.arm]
-    external = arm.labels(split.labeled, split.unlabeled)
+    external = ARMS[task.arm].labels(split.labeled, split.unlabeled)
     torch.manual_seed(task.seed)
     classes = len(split.test.classes)
     trainer = Trainer(
         Student(classes).to(memory_format=torch.channels_last),
-        config_of(arm, split, steps, task.seed),
+        config_of(task, split),
         labeled=pairs(split.labeled, split.labeled.labels),
         unlabeled=pairs(split.unlabeled, external),
         directory=directory,
@@ -389,9 +391,7 @@ def train(
     return trainer.learner.evaluated, external
 
 
-def row_of(
-    task: Task, split: Split, steps: int, student: torch.nn.Module, external: Tensor
-) -> dict[str, str]:
+def row_of(task: Task, split: Split, student: torch.nn.Module, external: Tensor) -> dict[str, str]:
     """What is kept of a run."""
     classes, videos = len(split.test.classes), split.test.videos
     overall = MeanIoU(classes)
@@ -409,7 +409,6 @@ def row_of(
     videos_iou = {video: round(_miou(metric), 4) for video, metric in by_video.items()}
     per_class = iou.classes.mean_of_pixels.value.tolist()
     return dict(zip(COLUMNS, task.key(split.size), strict=False)) | {
-        "steps": str(steps),
         "commit": commit(),
         "miou": f"{_miou(overall):.4f}",
         "kept": f"{float(labels.kept.mean_of_pixels.value):.4f}",
@@ -469,7 +468,7 @@ def rows_of(results: Path) -> dict[Key, dict[str, str]]:
     if not results.exists():
         return {}
     with results.open(newline="", encoding="utf-8") as file:
-        return {tuple(row[c] for c in COLUMNS[:5]): row for row in csv.DictReader(file)}
+        return {tuple(row[c] for c in COLUMNS[:KEYS]): row for row in csv.DictReader(file)}
 
 
 def append(results: Path, row: dict[str, str]) -> None:
@@ -489,7 +488,6 @@ def run(
     results: Path,
     *,
     work: Path,
-    steps: int,
     minutes: float,
 ) -> None:
     """Train what is not in the results yet, in order, until the time is up."""
@@ -502,10 +500,10 @@ def run(
         with alone(work / f"{place.name}.lock") as ours:
             if not ours or key in rows_of(results):
                 continue
-            done = train(task, split, steps, place, until)
+            done = train(task, split, place, until)
             if done is None:
                 return
-            row = row_of(task, split, steps, *done)
+            row = row_of(task, split, *done)
             append(results, row)
             rmtree(place)
             print(row["miou"], *key, flush=True)
@@ -524,12 +522,12 @@ def interval(values: list[float]) -> str:
 
 def table(results: Path) -> str:
     """Mean and spread of each arm, and its paired differences over the seeds two arms share."""
-    found: dict[tuple[str, str, str], dict[str, dict[str, dict[str, str]]]] = {}
-    for (arm, count, seed, size, held_out), row in rows_of(results).items():
-        group = found.setdefault((count, size, held_out), {})
+    found: dict[tuple[str, str, str, str], dict[str, dict[str, dict[str, str]]]] = {}
+    for (arm, count, seed, size, held_out, steps), row in rows_of(results).items():
+        group = found.setdefault((count, size, held_out, steps), {})
         group.setdefault(arm, {})[seed] = row
     lines: list[str] = []
-    for (count, size, held_out), arms in sorted(found.items()):
+    for (count, size, held_out, steps), arms in sorted(found.items()):
         tested = sorted(
             {
                 v
@@ -540,7 +538,7 @@ def table(results: Path) -> str:
         )
         for video in [held_out] if held_out else tested:
             lines += [
-                f"{count} labeled frames, {size}, tested on {video}"
+                f"{count} labeled frames, {size}, {int(steps):,} steps, tested on {video}"
                 + (", of which no frame trains" if held_out else ""),
                 "",
                 "| arm | kept | right | seeds | mIoU | sd | minus labels only | minus raw |",
@@ -588,15 +586,15 @@ def shapes(length: int, seed: int, video: str) -> Frames:
 def quick(arms: Iterable[str], steps: int, seeds: Iterable[int], folder: Path) -> str:
     """Everything on shapes, cut once on the way: the table."""
     train_frames, val = shapes(40, 2, "train0"), shapes(12, 3, "valid0")
-    tasks = [Task(arm, 20, seed, "") for arm in arms for seed in seeds]
+    tasks = [Task(arm, 20, seed, "", steps) for arm in arms for seed in seeds]
 
     @cache
     def splits(count: int, held_out: str) -> Split:
         return split_of(train_frames, val, list(range(count)), held_out)
 
     results = folder / "students.csv"
-    run(tasks, splits, results, work=folder / "work", steps=steps, minutes=0)
-    run(tasks, splits, results, work=folder / "work", steps=steps, minutes=60)
+    run(tasks, splits, results, work=folder / "work", minutes=0)
+    run(tasks, splits, results, work=folder / "work", minutes=60)
     return table(results)
 
 
@@ -608,6 +606,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="NAME")
     parser.add_argument("--counts", nargs="+", type=int, default=[46])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--steps", type=int, default=STEPS, help="whether they are enough")
     parser.add_argument("--whole", action="store_true", help="images of twice the size")
     parser.add_argument("--hold-out", default="", metavar="VIDEO")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
@@ -637,7 +636,7 @@ def main(words: list[str]) -> None:
         return split_of(train_frames, val, labeled, held_out)
 
     tasks = [
-        Task(arm, count, seed, given.hold_out)
+        Task(arm, count, seed, given.hold_out, given.steps)
         for count, seed, arm in product(given.counts, given.seeds, given.arms)
     ]
     others: list[int] = []
@@ -646,7 +645,7 @@ def main(words: list[str]) -> None:
         if not others[-1]:
             others = []
             break
-    run(tasks, splits, given.results, work=given.work, steps=STEPS, minutes=given.minutes)
+    run(tasks, splits, given.results, work=given.work, minutes=given.minutes)
     for process in others:
         os.waitpid(process, 0)
 
