@@ -1,6 +1,5 @@
 """Conformal segmentation: which classes each pixel can still have, with a true guarantee."""
 
-from cpseg.accumulate import gather, merge_all
 from cpseg.calibration import Calibration, Guarantee
 from cpseg.calibrators import (
     ClassConditionalCalibrator,
@@ -9,6 +8,7 @@ from cpseg.calibrators import (
     SplitCalibrator,
 )
 from cpseg.filters import Argmax, AtMost, BackgroundPriority, Singleton
+from cpseg.merging import gather, merge_all
 from cpseg.predictors import PixelSetPredictor
 from cpseg.scores import (
     APS,

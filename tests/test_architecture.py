@@ -24,7 +24,7 @@ PACKAGE = ROOT / "cpseg"
 LEVELS = [
     {"errors", "protocols", "_classes"},
     {"_checks", "_tiles"},
-    {"quantile", "bounds", "scores", "sets", "morphology"},
+    {"quantile", "bounds", "scores", "sets", "morphology", "merging"},
     {"accumulate", "fitted"},
     {"calibration"},
     {"_calibrator", "standing"},
@@ -82,6 +82,7 @@ UNLISTED = {
     "cpseg.accumulate": {"ExactScale", "HistogramScale", "cuts", "occurrences", "upward"},
     "cpseg.calibration": {"call_of", "describe_score", "score_from_description"},
     "cpseg.filters": {"columns_of", "proposals", "rule_of"},
+    "cpseg.merging": {"ADDED"},
     "cpseg.predictors": {
         *("beside_of", "check_calibration", "check_input", "columns_of", "limits_of", "run")
     },

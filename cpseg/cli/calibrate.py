@@ -9,7 +9,6 @@ from typing import final
 
 from torch import Tensor
 
-from cpseg.accumulate import merge_all
 from cpseg.calibration import Calibration
 from cpseg.calibrators import ClassConditionalCalibrator, LocationCalibrator, SplitCalibrator
 from cpseg.cli.console import check_output, print_json, table, wrapped
@@ -24,6 +23,7 @@ from cpseg.cli.inputs import (
 )
 from cpseg.cli.workers import over
 from cpseg.errors import CpsegError, FileError, InputError
+from cpseg.merging import merge_all
 from cpseg.protocols import Score
 from cpseg.quantile import level
 from cpseg.scores import APS, LAC, RAPS, SAPS, Margin, TopK
