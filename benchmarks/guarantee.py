@@ -237,7 +237,7 @@ def population(images: int, seed: int, kind: str = "beta") -> tuple[Tensor, Tens
 
 
 def confident_misses(sets: Tensor, labels: Tensor) -> Tensor:
-    """A loss that is not monotone: labelled pixels with one class in their set, and a wrong one."""
+    """A loss that is not monotone: labeled pixels with one class in their set, and a wrong one."""
     valid = labels != 255
     held = sets.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]
     return ((sets.sum(1) == 1) & ~held & valid).flatten(1).double().mean(1)
@@ -433,7 +433,7 @@ def in_expectation(risk: Risk, losses: LossesOfRisk, picks: Tensor, alpha: float
 
 
 def _gain(risk: Risk, logits: Tensor, labels: Tensor, grid: Tensor) -> Callable[[Tensor], Tensor]:
-    """Mean set size, or share of labelled pixels kept, of the thresholds' places ``(draws, R)``."""
+    """Mean set size, or share of labeled pixels kept, of the thresholds' places ``(draws, R)``."""
     if risk.keeps:
         kind = KeptError(Top, CLASSES, per_class=True) if risk.axes else None
         counted = kind or KeptError(risk.rule or Argmax, CLASSES)
@@ -737,8 +737,8 @@ data.""",
 500. Tests are by betting, in the order in which `RiskCalibrator` draws the images: a test holds
 these lines equal to what its `compute` gives. Failures: how often the true risk of the calibration
 exceeds alpha; in expectation, the mean risk. Given: mean number of classes in a set, or share of
-the labelled pixels that keep a label.""",
-    "Coverage": """Half of the images have an eighth of the labelled pixels of the others.""",
+the labeled pixels that keep a label.""",
+    "Coverage": """Half of the images have an eighth of the labeled pixels of the others.""",
     "Masks, weights and streams": """Margins: how often a new image's outer mask holds less than 0.9
 of the true one. Weights: half of the images, those with less sure pixels, are three times as
 frequent among new images as the others. Alarms: how often one is raised, ever, where nothing

@@ -181,8 +181,8 @@ def ours(operation: str, batch: Batch, *, compiled: bool) -> Way:
         seen.update(logits[:1], labels[:1])
     calibration = seen.compute(0.1)
     if what == "":
-        labelled = BackgroundPriority(calibration, compiled=compiled)
-        return lambda: labelled(logits)
+        labeled = BackgroundPriority(calibration, compiled=compiled)
+        return lambda: labeled(logits)
     predictor = PixelSetPredictor(calibration, compiled=compiled)
     return sets_of(predictor, logits) if what == "sets" else lambda: predictor.packed(logits)
 

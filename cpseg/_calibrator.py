@@ -3,7 +3,7 @@
 Calibrators are accumulators: ``update`` and ``merge`` in any order and any cut give the identical
 state, and ``compute`` changes nothing. Values are checked without waiting for the device: labels
 out of range, unusable logits, scores outside their range and groups out of range are counted at
-labelled pixels and raise at ``compute``, with the counts.
+labeled pixels and raise at ``compute``, with the counts.
 """
 
 import json
@@ -494,7 +494,7 @@ class AnyCalibrator:
     def fingerprint(self) -> str:
         """Identifies the data seen with this score, whatever unit and groups.
 
-        A checksum over labelled pixels, of each one's label, that class's logit and its score.
+        A checksum over labeled pixels, of each one's label, that class's logit and its score.
         The very same data gives the same one, in any order; data that overlap do not.
         """
         pixels, bits = self._checksum.tolist()

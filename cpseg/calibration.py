@@ -111,7 +111,7 @@ class Calibration:
         unit: What is exchangeable, ``"image"`` or ``"pixel"``.
         num_classes: C of the calibration logits; None if there were none.
         num_units: int64 units behind each threshold. Shape of ``thresholds``.
-        num_pixels: int64 labelled pixels behind each threshold. Shape of ``thresholds``.
+        num_pixels: int64 labeled pixels behind each threshold. Shape of ``thresholds``.
         ignore_index: Label of pixels that do not count.
         fallback: What replaced thresholds of groups with too few units; None for nothing.
         fallback_groups: Which thresholds it replaced. Bool, shape of ``thresholds``.
@@ -447,34 +447,34 @@ def call_of(description: Mapping[str, Any]) -> str:
 
 _OVER = {"image": "in expectation over", "pixel": "over"}
 _PLACES: dict[tuple[str, ...], str] = {  # "in a new image ..."
-    (): "In a new image, the share of labelled pixels whose class is missing from their set",
+    (): "In a new image, the share of labeled pixels whose class is missing from their set",
     ("class",): (
-        "For each class, in a new image that contains it, the share of its labelled pixels whose "
+        "For each class, in a new image that contains it, the share of its labeled pixels whose "
         "set misses it"
     ),
     ("group",): (
-        "For each group, in a new image with labelled pixels there, the share of them whose class "
+        "For each group, in a new image with labeled pixels there, the share of them whose class "
         "is missing from their set"
     ),
     ("group", "class"): (
-        "For each group and class, in a new image with labelled pixels of that class in that "
+        "For each group and class, in a new image with labeled pixels of that class in that "
         "group, the share of them whose set misses it"
     ),
     ("location",): (
-        "For each cluster of locations, in a new image with labelled pixels there, the share of "
+        "For each cluster of locations, in a new image with labeled pixels there, the share of "
         "them whose class is missing from their set"
     ),
 }
 _PIXELS: dict[tuple[str, ...], str] = {
-    (): "A new labelled pixel has a set that misses its class",
-    ("class",): "For each class, a new labelled pixel of that class has a set that misses it",
-    ("group",): "For each group, a new labelled pixel there has a set that misses its class",
+    (): "A new labeled pixel has a set that misses its class",
+    ("class",): "For each class, a new labeled pixel of that class has a set that misses it",
+    ("group",): "For each group, a new labeled pixel there has a set that misses its class",
     ("group", "class"): (
-        "For each group and class, a new labelled pixel of that class in that group has a set "
+        "For each group and class, a new labeled pixel of that class in that group has a set "
         "that misses it"
     ),
     ("location",): (
-        "For each cluster of locations, a new labelled pixel there has a set that misses its class"
+        "For each cluster of locations, a new labeled pixel there has a set that misses its class"
     ),
 }
 
@@ -505,7 +505,7 @@ def _event(calibration: Calibration, unit: Literal["image", "pixel"]) -> str:
     most = f"alpha of that class ({_span(alpha)})" if isinstance(alpha, tuple) else f"{alpha}"
     if _is_single(calibration):
         return (
-            "For each location, in a new image labelled there, the class is missing from its set "
+            "For each location, in a new image labeled there, the class is missing from its set "
             f"with probability at most {most}"
         )
     if unit == "pixel":
@@ -567,7 +567,7 @@ def _exceptions(calibration: Calibration, unit: Literal["image", "pixel"]) -> tu
         )
     elif axes == ("location",) and not replaced.any():
         lines.append(
-            "It implies the same for an image as a whole where every image is labelled everywhere, "
+            "It implies the same for an image as a whole where every image is labeled everywhere, "
             "and not in general otherwise."
         )
     elif axes:
@@ -604,7 +604,7 @@ def _for_images(axes: tuple[str, ...]) -> str:
     there = places[axes]
     return (
         "the probability is at most alpha + (1 - alpha) / (m + 1) if all images, m of them for "
-        f"calibration, have equally many labelled pixels{there}, and nothing is promised otherwise"
+        f"calibration, have equally many labeled pixels{there}, and nothing is promised otherwise"
     )
 
 

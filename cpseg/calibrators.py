@@ -60,7 +60,7 @@ class SplitCalibrator(AnyCalibrator):
     """One threshold for all pixels and classes.
 
     Guarantee:
-        With ``unit="image"``: the share of a new image's labelled pixels whose class is missing
+        With ``unit="image"``: the share of a new image's labeled pixels whose class is missing
         from their set is at most ``alpha`` in expectation over the calibration images and the new
         one, if they are exchangeable. With ``unit="pixel"``: see :class:`GroupCalibrator`.
 
@@ -131,7 +131,7 @@ class ClassConditionalCalibrator(AnyCalibrator):
 
     Guarantee:
         With ``unit="image"``, for each class: in a new image that contains it, the share of its
-        labelled pixels whose set misses it is at most that class's ``alpha`` in expectation over
+        labeled pixels whose set misses it is at most that class's ``alpha`` in expectation over
         the calibration images that contain it and the new one, if images are exchangeable. It
         does not imply the same for an image as a whole. A class in fewer than ``1 / alpha - 1``
         images has threshold ``+inf``, which keeps the promise and filters nothing.
@@ -187,7 +187,7 @@ class GroupCalibrator(AnyCalibrator):
     """One threshold per group of pixels, or per group and class.
 
     Guarantee:
-        With ``unit="image"``, for each group (and class): in a new image that has labelled pixels
+        With ``unit="image"``, for each group (and class): in a new image that has labeled pixels
         there, the share of them whose class is missing from their set is at most ``alpha`` in
         expectation over the calibration images that have such pixels and the new one, if images
         are exchangeable and the groups are chosen without the labels. With ``unit="pixel"``:
@@ -290,7 +290,7 @@ class LocationCalibrator(AnyCalibrator):
     Guarantee:
         At each location (or cluster: on average over its locations), the class of a new image is
         missing from its set with probability at most ``alpha`` over the calibration images
-        labelled there and the new one, if images are exchangeable and clusters were found
+        labeled there and the new one, if images are exchangeable and clusters were found
         without them.
 
     Args:

@@ -184,7 +184,7 @@ class PAS:
 
     @classmethod
     def fit(cls, tuning: Tuning) -> Self:
-        """Shares of the tuning split's labelled pixels, each class counted once more.
+        """Shares of the tuning split's labeled pixels, each class counted once more.
 
         Args:
             tuning: A :class:`cpseg.ClassConditionalCalibrator` that has seen the tuning split only.
@@ -322,7 +322,7 @@ def recalibrate(
 ) -> _C:
     """Fit temperature and class biases on one split, and show the other one to a calibrator.
 
-    They minimise the mean over images of the mean negative log-likelihood of an image's labelled
+    They minimise the mean over images of the mean negative log-likelihood of an image's labeled
     pixels, with a weak pull towards doing nothing, by Newton's method in float64: the problem is
     convex, and the result the same on every run. Nothing but sums over a batch is held.
 
@@ -343,7 +343,7 @@ def recalibrate(
         The calibrator, made with a :class:`Recalibrated` score, after all of ``calibrate_on``.
 
     Raises:
-        InputError: If the splits share an image, ``fit_on`` has no labelled pixel or can be read
+        InputError: If the splits share an image, ``fit_on`` has no labeled pixel or can be read
             only once, or values are bad.
 
     Examples:
@@ -379,10 +379,10 @@ def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
     _checks.check_labels(labels, logits)
     _checks.check_ignore_index(ignore_index, logits.shape[1])
     wide = labels.long()
-    labelled = wide != ignore_index
-    outside = int((labelled & ((wide < 0) | (wide >= logits.shape[1]))).sum())
+    labeled = wide != ignore_index
+    outside = int((labeled & ((wide < 0) | (wide >= logits.shape[1]))).sum())
     unusable = ~logits.amax(1).isfinite() | logits.isnan().any(1)
-    bad = int((labelled & unusable).sum())
+    bad = int((labeled & unusable).sum())
     if outside or bad:
         raise InputError(
             f"fit_on must be clean; got {outside} pixels whose label is no class, "
@@ -424,7 +424,7 @@ def _newton(batches: _Batches, ignore_index: int) -> tuple[float, tuple[float, .
             if size < 1e-6:
                 break
     if point is None:
-        raise InputError("fit_on must hold a labelled pixel; got none")
+        raise InputError("fit_on must hold a labeled pixel; got none")
     return float(1 / point[0]), tuple(point[1:].tolist())
 
 
@@ -464,7 +464,7 @@ def _sums(
             curve[1:, 1:] = p.mean(1).diag() - p @ p.T / len(y)
             hessian += curve.cpu()
     if at is None or not images:
-        raise InputError("fit_on must hold a labelled pixel; got none")
+        raise InputError("fit_on must hold a labeled pixel; got none")
     away = at.clone()
     away[0] -= 1
     pull = _PULL * torch.eye(len(at), dtype=torch.float64)

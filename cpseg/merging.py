@@ -73,7 +73,7 @@ def gather(accumulator: _Kind) -> _Kind:
     The only call of cpseg that talks to other processes, and only tensors travel. Every process
     must make it. Ranks may have seen any share of the data, or nothing, on any device. Histograms
     are added up in one reduction; scores of exact stores, open units and rows of metrics are sent
-    by each rank to all. Without an initialised process group it is a copy.
+    by each rank to all. Without an initialized process group it is a copy.
 
     Args:
         accumulator: This process's accumulator, which stays as it is.

@@ -69,7 +69,7 @@ def connected_components(
         inside = labels
     else:
         _checks.check_integers("labels", labels)
-        inside = _labelled(labels, ignore_index)
+        inside = _labeled(labels, ignore_index)
     runs, first = _runs(labels)
     parents = torch.arange(len(first), device=labels.device)
     edges = [
@@ -299,7 +299,7 @@ def boundary_distance(
     spacing: Sequence[float] | None = None,
     limit: float = inf,
 ) -> Tensor:
-    """Exact Euclidean distance from each labelled pixel to the nearest pixel of another class.
+    """Exact Euclidean distance from each labeled pixel to the nearest pixel of another class.
 
     The ignored label is no class: nobody knows what is there, so it is no boundary and has no
     distance. Neither is the border of the picture. Pixels that touch a boundary are 1 away.
@@ -330,7 +330,7 @@ def boundary_distance(
     _checks.check_integers("labels", labels)
     _check_limit(limit)
     steps, axes = _plan(labels, spacing)
-    valid = _labelled(labels, ignore_index)
+    valid = _labeled(labels, ignore_index)
     if not labels.numel():
         return torch.zeros_like(labels, dtype=torch.float64)
     dtype = _squared_dtype(labels, spacing)
@@ -367,7 +367,7 @@ def _check_limit(limit: object) -> None:
         raise InputError(f"limit must be a number >= 0; got {limit!r}")
 
 
-def _labelled(labels: Tensor, ignore_index: int | None) -> Tensor:
+def _labeled(labels: Tensor, ignore_index: int | None) -> Tensor:
     """Which pixels have a class. Bool, shape of ``labels``."""
     if ignore_index is None:
         return torch.ones_like(labels, dtype=torch.bool)

@@ -8,7 +8,7 @@ Equal logits rank by class index.
 
 A pixel without a finite log-sum-exp (NaN, +inf, or nothing but -inf) scores NaN for every class.
 
-Randomised scores use one draw per pixel, shared by its classes: a hash of the seed and of the
+Randomized scores use one draw per pixel, shared by its classes: a hash of the seed and of the
 pixel's position in ``*S``. It does not depend on batch, order or device, and the global random
 state is not touched.
 """
@@ -238,7 +238,7 @@ class SAPS:
     """The top probability plus ``weight`` per rank (Huang et al., 2024).
 
     With rank 1 for the most likely class, of probability ``top``: ``top + weight * (rank - 1)``;
-    randomised with a draw ``u``: ``top * (1 - u)`` at rank 1, else ``top + weight * (rank - 1 -
+    randomized with a draw ``u``: ``top * (1 - u)`` at rank 1, else ``top + weight * (rank - 1 -
     u)``. Choose ``weight`` on data that is not used for calibration.
 
     Attributes:
@@ -387,7 +387,7 @@ class TopK:
         return label_scores(self, logits, labels)
 
     def range(self, num_classes: int) -> tuple[float, float]:
-        """From 0 (reached only when randomised) to the number of classes."""
+        """From 0 (reached only when randomized) to the number of classes."""
         return 0.0, float(num_classes)
 
     def tolerance(self, num_classes: int) -> float:
@@ -615,7 +615,7 @@ def _order(x: Tensor) -> Tensor:
 
 
 def _settle(score: APS | RAPS | SAPS | TopK) -> None:
-    """Check what randomised scores share; a seed of numpy's becomes Python's."""
+    """Check what randomized scores share; a seed of numpy's becomes Python's."""
     _checks.check_flag("randomized", score.randomized)
     object.__setattr__(score, "seed", _checks.check_integer("seed", score.seed))
 

@@ -41,7 +41,7 @@ class WeightedCalibration:
     """Thresholds that depend on the new image's weight. Made by :class:`WeightedCalibrator`.
 
     Guarantee:
-        The share of a new image's labelled pixels whose class is missing from their set, expected
+        The share of a new image's labeled pixels whose class is missing from their set, expected
         over the calibration images and the new one, is at most ``alpha``, if calibration images
         are independent draws from P, the new one from Q, weights are proportional to the
         likelihood ratio dQ/dP and were not fitted on the calibration images, and the weight given
@@ -57,7 +57,7 @@ class WeightedCalibration:
         total: Mass of all calibration images, exact: the largest weight is 2**40.
         weights: Weights of the calibration images. float64 ``(n,)``.
         num_classes: C of the calibration logits.
-        num_pixels: Labelled pixels of the calibration images.
+        num_pixels: Labeled pixels of the calibration images.
         ignore_index: Label of pixels that do not count.
         max_share: As in :class:`cpseg.Calibration`.
     """
@@ -178,7 +178,7 @@ class WeightedCalibration:
                 rule=None,
                 delta=None,
                 event=(
-                    "The expected share of a new image's labelled pixels whose class is missing "
+                    "The expected share of a new image's labeled pixels whose class is missing "
                     f"from their set is at most {self.alpha:g} under the shift that the weights "
                     "describe"
                 ),
@@ -254,7 +254,7 @@ class WeightedCalibrator:
         Raises:
             InputError: If shapes do not fit, a weight is negative, NaN or infinite, or another
                 than that of the unit's earlier tiles, a label is no class, or logits at a
-                labelled pixel are unusable.
+                labeled pixel are unusable.
         """
         _checks.check_logits(logits, self.num_classes)
         _checks.check_labels(labels, logits)
@@ -265,10 +265,10 @@ class WeightedCalibrator:
         _checks.check_ignore_index(self.ignore_index, classes)
         limits = self.score.range(classes)
         with torch.no_grad():
-            labelled = labels.long() != self.ignore_index
-            known = labelled & (labels >= 0) & (labels < classes)
+            labeled = labels.long() != self.ignore_index
+            known = labeled & (labels >= 0) & (labels < classes)
             scores = upward(self.score.of_labels(logits, labels.long() * known))
-            bad = int((labelled & (~known | scores.isnan())).sum())
+            bad = int((labeled & (~known | scores.isnan())).sum())
             if bad:
                 raise InputError(
                     f"calibration data must be clean; got {bad} pixels whose label is no class or "
@@ -285,7 +285,7 @@ class WeightedCalibrator:
             if len(self._max_share) == 0:
                 self._max_share = torch.zeros(classes, dtype=torch.float64)
             for entry, weight in enumerate(ratio.tolist()):
-                seen = labelled[entry]
+                seen = labeled[entry]
                 if not bool(seen.any()):
                     continue
                 values, counts = torch.unique(scores[entry][seen], return_counts=True)
@@ -438,7 +438,7 @@ class WeightedCalibrator:
         weights = torch.tensor([unit[0] for unit in units], dtype=torch.float64)
         if not len(units) or not 0 < float(weights.sum()) < inf:
             raise InputError(
-                f"weights must have a positive, finite sum; got {len(units)} labelled images, "
+                f"weights must have a positive, finite sum; got {len(units)} labeled images, "
                 f"{int((weights > 0).sum())} of positive weight"
             )
         # Whole numbers, as in the other calibrators: with equal weights this is split calibration.
@@ -599,7 +599,7 @@ class AdaptiveLevel:
     """Adaptive conformal inference: the level follows what was missed (Gibbs and Candes, 2021).
 
     After each frame the level moves by ``gamma * (alpha - missed)``, where ``missed`` is the share
-    of the frame's labelled pixels whose set missed their class. It may leave (0, 1): at 0 or below
+    of the frame's labeled pixels whose set missed their class. It may leave (0, 1): at 0 or below
     every set is full, at 1 or above every set is empty.
 
     Guarantee:
@@ -645,7 +645,7 @@ class AdaptiveLevel:
                 rule=None,
                 delta=None,
                 event=(
-                    "The mean share of labelled pixels whose class is missing from their set "
+                    "The mean share of labeled pixels whose class is missing from their set "
                     f"differs from {self.alpha:g} by at most {self._reach():.3g} / T"
                 ),
                 over="over any T frames, whatever they are",
@@ -671,7 +671,7 @@ class AdaptiveLevel:
             labels: Integers, ``ignore_index`` where unknown. Shape ``(B, *S)``.
 
         Returns:
-            The object itself. Frames without a labelled pixel, or with unusable logits at all of
+            The object itself. Frames without a labeled pixel, or with unusable logits at all of
             them, change nothing.
 
         Raises:

@@ -27,7 +27,7 @@ class Standing:
         place: Where it holds: a class, a group, both; empty where one holds everywhere.
         name: The class's name, if it was given; else its place in words.
         num_units: Images (or pixels, if they are the unit) behind it.
-        num_pixels: Labelled pixels behind it.
+        num_pixels: Labeled pixels behind it.
         threshold: ``+inf`` where every set holds the class, ``-inf`` where no label is kept.
         rests_on: ``"own"``: its own units. ``"fallback"``: see ``fallback``. ``"nothing"``: it is
             infinite.

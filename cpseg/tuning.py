@@ -281,12 +281,12 @@ def cluster_locations(
         levels: Levels of the score quantiles that are compared.
 
     Returns:
-        Clusters for a :class:`~cpseg.LocationCalibrator`. Locations never labelled in the tuning
+        Clusters for a :class:`~cpseg.LocationCalibrator`. Locations never labeled in the tuning
         split join the cluster with the highest quantiles.
 
     Raises:
         InputError: If tuning is another calibrator or has clusters itself, keeps too little of
-            the tail, or has fewer labelled locations than clusters are wanted.
+            the tail, or has fewer labeled locations than clusters are wanted.
     """
     num_clusters = _checks.check_integer("num_clusters", num_clusters, 1)
     if not isinstance(cast("object", tuning), LocationCalibrator):
@@ -308,7 +308,7 @@ def cluster_locations(
     known = (own.num_units > 0).nonzero()[:, 0]
     if num_clusters > len(known):
         raise InputError(
-            f"num_clusters must be at most the {len(known)} labelled locations; got {num_clusters}"
+            f"num_clusters must be at most the {len(known)} labeled locations; got {num_clusters}"
         )
     curves = _curves(own, levels)[known].double()
     found = _kmeans(curves, num_clusters, seed=seed)

@@ -1,4 +1,4 @@
-"""Calibrate on labelled images, predict sets for new ones, keep the labels that are settled.
+"""Calibrate on labeled images, predict sets for new ones, keep the labels that are settled.
 
     python examples/calibrate_and_filter.py --output calibrate_and_filter.png
 
@@ -52,7 +52,7 @@ def main(words: list[str] | None = None) -> None:
     print(coverage.compute().table(CLASSES))
     kept = right.compute()
     share, accuracy = (float(r.mean_of_pixels.value) for r in (kept.kept, kept.accuracy_of_kept))
-    print(f"one class left: {share:.1%} of the pixels, of which {accuracy:.1%} are labelled right")
+    print(f"one class left: {share:.1%} of the pixels, of which {accuracy:.1%} are labeled right")
 
     image, logits, labels = annotated(new, 8)
     figure = plots.one_image(

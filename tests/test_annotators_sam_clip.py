@@ -193,7 +193,7 @@ def test_segments_and_pixels_lie_where_transformers_own_processor_puts_them(
         sam, image, points_per_side=2, min_iou=-1.0, min_stability=0.0, max_overlap=1.0
     )
     inputs = theirs(images=[image[0].permute(1, 2, 0).numpy()], return_tensors="pt")
-    grey = 1 / 255 / 0.224  # one level, normalised
+    grey = 1 / 255 / 0.224  # one level, normalized
     assert float((sam.seen - inputs["pixel_values"]).abs().max()) <= 2 * grey
     assert torch.equal(sam.seen == 0, inputs["pixel_values"] == 0)  # the same padding
     (masks,) = theirs.post_process_masks(

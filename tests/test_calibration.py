@@ -450,28 +450,28 @@ def test_the_file_is_text_that_a_person_can_read(tmp_path: Path) -> None:
 
 SHARE = "is at most 0.1, in expectation over the calibration images and the new one"
 EVENTS = {
-    ("split", "image"): "In a new image, the share of labelled pixels whose class is missing from "
+    ("split", "image"): "In a new image, the share of labeled pixels whose class is missing from "
     f"their set {SHARE} (12 calibration images). ",
     ("class", "image"): "For each class, in a new image that contains it, the share of its "
-    f"labelled pixels whose set misses it {SHARE} (0 to 12 calibration images). ",
-    ("group", "image"): "For each group, in a new image with labelled pixels there, the share of "
+    f"labeled pixels whose set misses it {SHARE} (0 to 12 calibration images). ",
+    ("group", "image"): "For each group, in a new image with labeled pixels there, the share of "
     f"them whose class is missing from their set {SHARE} (12 calibration images). ",
-    ("both", "image"): "For each group and class, in a new image with labelled pixels of that "
+    ("both", "image"): "For each group and class, in a new image with labeled pixels of that "
     f"class in that group, the share of them whose set misses it {SHARE} (0 to 12 ",
-    ("location", "image"): "For each location, in a new image labelled there, the class is "
+    ("location", "image"): "For each location, in a new image labeled there, the class is "
     "missing from its set with probability at most 0.1, over the calibration images and the new "
     "one (12 calibration images). ",
-    ("rings", "image"): "For each cluster of locations, in a new image with labelled pixels there, "
+    ("rings", "image"): "For each cluster of locations, in a new image with labeled pixels there, "
     f"the share of them whose class is missing from their set {SHARE} (12 calibration images). ",
-    ("split", "pixel"): "A new labelled pixel has a set that misses its class with probability at "
+    ("split", "pixel"): "A new labeled pixel has a set that misses its class with probability at "
     "most 0.1, over the calibration pixels and the new one (180 calibration pixels). ",
-    ("class", "pixel"): "For each class, a new labelled pixel of that class has a set that misses "
+    ("class", "pixel"): "For each class, a new labeled pixel of that class has a set that misses "
     "it with probability at most 0.1, over the calibration pixels and the new one (0 to ",
-    ("group", "pixel"): "For each group, a new labelled pixel there has a set that misses its "
+    ("group", "pixel"): "For each group, a new labeled pixel there has a set that misses its "
     "class with probability at most 0.1, over the calibration pixels and the new one (84 to 96 ",
-    ("both", "pixel"): "For each group and class, a new labelled pixel of that class in that group "
+    ("both", "pixel"): "For each group and class, a new labeled pixel of that class in that group "
     "has a set that misses it with probability at most 0.1, over the calibration pixels ",
-    ("rings", "pixel"): "For each cluster of locations, a new labelled pixel there has a set that "
+    ("rings", "pixel"): "For each cluster of locations, a new labeled pixel there has a set that "
     "misses its class with probability at most 0.1, over the calibration pixels ",
 }
 
@@ -512,7 +512,7 @@ def test_pooled_pixels_say_what_they_do_not_promise(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_of_an_image_do_not_speak_for_the_whole(kind: str) -> None:
     text = str(made(kind).guarantee)
-    implies = "It implies the same for an image as a whole where every image is labelled every"
+    implies = "It implies the same for an image as a whole where every image is labeled every"
     assert ("It does not imply the same for an image as a whole." in text) == (
         kind in ("class", "group", "both")
     )

@@ -1289,7 +1289,7 @@ def test_the_stores_are_the_ones_asked_for() -> None:
 
 def test_shares_are_of_all_pixels_so_that_a_nearly_void_image_makes_nothing_plausible() -> None:
     labels = torch.full((2, 4, 5), 255)
-    labels[0, 0, 0] = 2  # the only labelled pixel of 20
+    labels[0, 0, 0] = 2  # the only labeled pixel of 20
     labels[1, :2] = 1
     logits = torch.zeros(2, 3, 4, 5)
     calibration = ClassConditionalCalibrator(3).update(logits, labels).compute(0.1)

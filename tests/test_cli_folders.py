@@ -283,7 +283,7 @@ SPOILED: list[tuple[Callable[[Path], object], str]] = [
     ),
     (
         lambda root: save(root / "logits/im03.npy", np.full((3, 5, 7), np.nan, "f4")),
-        "logits/im03.npy must have a finite logit at every labelled pixel and no NaN",
+        "logits/im03.npy must have a finite logit at every labeled pixel and no NaN",
     ),
     (
         lambda root: save(root / "logits/im03.npy", np.zeros((4, 5, 7), "f4")),

@@ -292,7 +292,7 @@ def test_an_image_in_both_splits_is_refused() -> None:
     with pytest.raises(InputError, match="fit_on must be readable several times"):
         recalibrate(SplitCalibrator, iter(fit_on), held)
     for empty in ([], [(fit_on[0][0], torch.full_like(fit_on[0][1], 255))]):
-        with pytest.raises(InputError, match="fit_on must hold a labelled pixel; got none"):
+        with pytest.raises(InputError, match="fit_on must hold a labeled pixel; got none"):
             recalibrate(SplitCalibrator, empty, held)
     wild = fit_on[0][0].clone()
     wild[0, 0, 5, 5] = torch.nan

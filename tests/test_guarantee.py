@@ -1,9 +1,9 @@
 """Coverage over repeated draws, held against exact binomial bounds from below and from above.
 
-One draw is a calibration set and one fresh image, of which one random labelled pixel is looked
+One draw is a calibration set and one fresh image, of which one random labeled pixel is looked
 at: whether its class is missing is a coin whose probability is the expected share of missed
 pixels, so the count over draws is binomial. Pixels of an image share a random effect, and images
-differ in how many labelled pixels they have, in a way that goes with how hard they are.
+differ in how many labeled pixels they have, in a way that goes with how hard they are.
 
 From above: with leave-one-out thresholds below the one of all ``n + 1`` images together, at least
 ``alpha - (1 + jump) / (n + 1)`` is missed in expectation, ``jump`` being the largest loss that one
@@ -40,7 +40,7 @@ def ceiling(n: float, alpha: float, most_pixels: int) -> float:
 def images(
     generator: torch.Generator, *shape: int, rows: int, present: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, rows and which pixels are labelled; each ``(*shape, rows * MOST)``."""
+    """Scores, rows and which pixels are labeled; each ``(*shape, rows * MOST)``."""
     effect = torch.randn(*shape, 1, 1, generator=generator)
     of_row = torch.randn(*shape, rows, 1, generator=generator)
     scores = effect + of_row + 0.7 * torch.randn(*shape, rows, MOST, generator=generator)
@@ -136,7 +136,7 @@ def calibrated(
 @pytest.mark.parametrize(("n", "alpha"), SETTINGS[:2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_public_road_covers(kind: str, n: int, alpha: float) -> None:
-    # Two to four labelled pixels of six; one or two of each class, and of each group.
+    # Two to four labeled pixels of six; one or two of each class, and of each group.
     draws = 1200
     generator = torch.Generator().manual_seed(n)
     shape = draws, n + 1, 6

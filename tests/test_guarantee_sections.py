@@ -79,7 +79,7 @@ PROMISES = {
     "calibrators.LocationCalibrator": (
         "the class of a new image is missing from its set",
         "with probability at most ``alpha``",
-        "over the calibration images labelled there and the new one",
+        "over the calibration images labeled there and the new one",
         "if images are exchangeable",
     ),
     "margins.Margins": (

@@ -169,7 +169,7 @@ def test_nothing_adds_nothing(
     metric = make().update(*data(5, 4, 6))
     before = report_of(metric)
     assert report_of(metric.update(*data(0, *shape))) == before
-    # An image without a labelled pixel is not an image that was covered 0 times.
+    # An image without a labeled pixel is not an image that was covered 0 times.
     void = [torch.full_like(x, VOID) if i == 1 else x for i, x in enumerate(data(6, 3, 5))]
     assert report_of(metric.update(*void)) == before
     assert metric.state_dict()["rows"].shape[0] == 4
@@ -209,7 +209,7 @@ def test_other_faults_raise_at_compute() -> None:
 
 
 def images_of(batch: Batch) -> list[list[Any]]:
-    """Per image, what belongs to each labelled pixel: set or prediction, label, stratum."""
+    """Per image, what belongs to each labeled pixel: set or prediction, label, stratum."""
     first, *rest = (x.long() for x in batch)
     first = first.flatten(2).mT if batch[0].dtype == torch.bool else first.flatten(1)
     lines = [first, *(x.flatten(1) for x in rest)]
@@ -337,7 +337,7 @@ def test_iou_is_that_of_sets_of_pixels(abstained: Any) -> None:
     assert iou[3] == 0
     seen = [v for v in iou if v is not None]
     assert report.mean_of_occurring_classes.value.item() == pytest.approx(sum(seen) / 4)
-    assert report.mean_of_labelled_classes.value.item() == pytest.approx(sum(seen) / 3)
+    assert report.mean_of_labeled_classes.value.item() == pytest.approx(sum(seen) / 3)
     assert report.mean_of_all_classes_absent_as_zero.value.item() == pytest.approx(sum(seen) / 5)
     each = [mean([a / b for a, b in column if b]) for column in zip(*parts, strict=True)]
     assert report.images.tolist() == pytest.approx(sorted(each))

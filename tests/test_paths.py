@@ -47,8 +47,8 @@ def saturated(kind: str) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def compiled(score: Any, backend: str, *, labelled: bool) -> Callable[..., Tensor]:
-    view: Callable[..., Tensor] = score.of_labels if labelled else score
+def compiled(score: Any, backend: str, *, labeled: bool) -> Callable[..., Tensor]:
+    view: Callable[..., Tensor] = score.of_labels if labeled else score
     return torch.compile(view, backend=backend, dynamic=False)
 
 
@@ -82,7 +82,7 @@ class Path:
     def _run(self, view: Callable[..., Tensor], logits: Tensor, *labels: Tensor) -> Tensor:
         logits = self.before(logits)
         if self.compiled is not None:
-            view = compiled(self.score, self.compiled, labelled=bool(labels))
+            view = compiled(self.score, self.compiled, labeled=bool(labels))
         with pytest.MonkeyPatch.context() as patch:
             if self.tile is not None:
                 patch.setattr(cpseg._tiles, "_EAGER", {"cpu": self.tile})

@@ -302,7 +302,7 @@ def mean_size(predictor: PixelSetPredictor, entry: Entry) -> float:
 
 
 def test_what_cannot_be_reported_is_refused(calibration: Calibration) -> None:
-    with pytest.raises(InputError, match="entries must hold at least one labelled image"):
+    with pytest.raises(InputError, match="entries must hold at least one labeled image"):
         measure(calibration, [], Singleton(calibration), class_names=NAMES)
     grouped = GroupCalibrator(2).compute(0.1)
     with pytest.raises(InputError, match="must have no groups"):

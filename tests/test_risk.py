@@ -361,8 +361,8 @@ def test_empty_batches_change_nothing_and_any_number_of_axes_will_do(
     assert control.table().shape[0] == shape[0]
     safe = -torch.inf if risk.keeps else torch.inf
     assert bool((control.compute(0.1, 0.1).thresholds == safe).all())
-    unlabelled = RiskCalibrator(risk, grid=GRID).update(logits, torch.full_like(labels, 255))
-    calibration = unlabelled.compute(0.1, 0.1)
+    unlabeled = RiskCalibrator(risk, grid=GRID).update(logits, torch.full_like(labels, 255))
+    calibration = unlabeled.compute(0.1, 0.1)
     assert calibration.num_pixels.sum() == 0
     assert bool((calibration.thresholds == safe).all())
 

@@ -734,7 +734,7 @@ def test_seeds_do_nothing_to_deterministic_scores(make: Callable[[int], Score]) 
 
 
 def test_randomized_aps_of_a_fair_label_is_uniform() -> None:
-    # If labels follow the probabilities, the randomised score is exactly uniform.
+    # If labels follow the probabilities, the randomized score is exactly uniform.
     logits = normal(1, 5, 30_000, spread=1.0)
     generator = torch.Generator().manual_seed(3)
     labels = logits[0].softmax(0).T.multinomial(1, generator=generator).T

@@ -55,7 +55,7 @@ def test_a_weight_stays_with_its_own_scores(weights: list[float], new: float, al
     logits, labels = images(12)
     calibrator = WeightedCalibrator().update(logits, labels, torch.tensor(weights))
     if sum(weights) == 0:
-        with pytest.raises(InputError, match=r"weights must have a positive, .* got 12 labelled"):
+        with pytest.raises(InputError, match=r"weights must have a positive, .* got 12 labeled"):
             calibrator.compute(alpha)
         return
     calibration = calibrator.compute(alpha)
@@ -234,7 +234,7 @@ def test_weights_that_are_none_are_refused(bad: float) -> None:
 
 def test_bad_data_and_other_arguments_are_refused() -> None:
     logits, labels = images(2)
-    with pytest.raises(InputError, match=r"weights must have a positive, .* got 0 labelled"):
+    with pytest.raises(InputError, match=r"weights must have a positive, .* got 0 labeled"):
         WeightedCalibrator().compute(0.1)
     huge = torch.full((3,), 1e308, dtype=torch.float64)
     many = WeightedCalibrator().update(torch.zeros(3, 2), torch.zeros(3).long(), huge)

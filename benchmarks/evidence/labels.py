@@ -288,7 +288,7 @@ def figure(rows: list[Row], n: int, path: Path) -> None:
         (
             "kept",
             "accuracy",
-            "share of labelled pixels kept",
+            "share of labeled pixels kept",
             "share of kept labels that are right",
         ),
         ("mean recall", "mean purity", "recall, mean over classes", "purity, mean over classes"),

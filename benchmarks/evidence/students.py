@@ -432,7 +432,7 @@ def hard(external: Tensor) -> Tensor:
 
 
 def _miou(metric: MeanIoU) -> float:
-    return float(metric.compute(resamples=1).mean_of_labelled_classes.value)
+    return float(metric.compute(resamples=1).mean_of_labeled_classes.value)
 
 
 @cache

@@ -2,7 +2,7 @@
 
 Logits come from the models' raw outputs. Their post-processors are no road to a calibration:
 one returns logits, another sums over queries, a third sigmoids, and some resize in between.
-Images are resized and normalised here, because several of their processors need torchvision.
+Images are resized and normalized here, because several of their processors need torchvision.
 
 A model that is already built needs no transformers at all: give it with its
 :class:`cpseg.annotators.Preprocessing`. ``from_pretrained`` takes a folder or a hub name.

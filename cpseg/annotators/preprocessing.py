@@ -1,4 +1,4 @@
-"""What a network sees of an image: resized as bytes, then normalised, without torchvision.
+"""What a network sees of an image: resized as bytes, then normalized, without torchvision.
 
 The files that say so in transformers' folders are read strictly: a setting that would change
 pixels and is not done here is refused by name.
@@ -43,7 +43,7 @@ _OTHERWISE = {
 @final
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """What a network sees of an image: its size and its normalisation.
+    """What a network sees of an image: its size and its normalization.
 
     Args:
         size: Height and width; None: by ``short``, or else the image's own.
@@ -118,7 +118,7 @@ class Preprocessing:
             return cls._of(config, multiple)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FileError(
-                f"{path} must describe an image's size and normalisation; {one_line(error)}. "
+                f"{path} must describe an image's size and normalization; {one_line(error)}. "
                 "A Preprocessing of your own, as preprocessing=, takes its place"
             ) from error
 
@@ -135,7 +135,7 @@ class Preprocessing:
         if config.get("do_pad") and divisor == 1:
             raise InputError("padding (do_pad) is not done here")
         size, short, longest = _sizes(config)
-        # A processor that flips channels is MobileViT's, which does not normalise unless it says.
+        # A processor that flips channels is MobileViT's, which does not normalize unless it says.
         normal = config.get("do_normalize", "do_flip_channel_order" not in config)
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         if normal:
@@ -177,7 +177,7 @@ class Preprocessing:
         return max(m, round(height / m) * m), max(m, round(width / m) * m)
 
     def __call__(self, images: Tensor, like: Tensor) -> Tensor:
-        """Normalised pixels, with the dtype and on the device of ``like``.
+        """Normalized pixels, with the dtype and on the device of ``like``.
 
         Args:
             images: uint8 RGB. Shape ``(B, 3, H, W)``.

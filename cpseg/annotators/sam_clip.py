@@ -52,7 +52,7 @@ CLIP_PREPROCESSING = Preprocessing(
     std=(0.26862954, 0.26130258, 0.27577711),
     mode="bicubic",
 )
-"""CLIP sees a square of 448, as GEM uses, normalised as CLIP was trained."""
+"""CLIP sees a square of 448, as GEM uses, normalized as CLIP was trained."""
 
 _SAM_MEAN = (123.675, 116.28, 103.53)
 _SAM_STD = (58.395, 57.12, 57.375)
@@ -81,7 +81,7 @@ class SamClipAnnotator:
         background: Index of the background class; needed for ``uncovered="background"``.
         templates: What a text is put into; the embeddings are averaged.
         overlap: Which segment a pixel in several takes: the smallest, the surest of its class, or
-            the normalised product of all.
+            the normalized product of all.
         uncovered: What a pixel in none gets: NaN, the background for certain, or equal shares.
         scale: What the cosine is multiplied with before the softmax; None: CLIP's own.
         preprocessing: What CLIP sees of an image.
@@ -409,7 +409,7 @@ def dense_clip_features(clip: nn.Module, pixels: Tensor, *, depth: int = 7) -> T
 
     Args:
         clip: A ``CLIPModel`` of transformers.
-        pixels: Normalised. Shape ``(B, 3, H, W)``, multiples of the patch size.
+        pixels: Normalized. Shape ``(B, 3, H, W)``, multiples of the patch size.
         depth: Last layers beside which the second path runs; all if there are fewer.
 
     Returns:

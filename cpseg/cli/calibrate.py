@@ -143,7 +143,7 @@ class _Calibrate:
         unusable = ~logits.amax(0).isfinite() & (labels != self.labels.ignore_index)
         if bool(unusable.any()):
             raise FileError(
-                f"{self.logits.files[name]} must have a finite logit at every labelled pixel and "
+                f"{self.logits.files[name]} must have a finite logit at every labeled pixel and "
                 f"no NaN; got {int(unusable.sum())} pixels that have not"
             )
 
@@ -206,7 +206,7 @@ def _thresholds(calibration: Calibration, titles: Sequence[str]) -> str:
         span = f"{finite.min():.4f} to {finite.max():.4f}" if len(finite) else "none finite"
         return (
             f"{len(limits)} locations, {len(finite)} with a finite threshold: {span}; "
-            f"labelled in {int(units.min())} to {int(units.max())} images"
+            f"labeled in {int(units.min())} to {int(units.max())} images"
         )
     alphas = calibration.alpha if isinstance(calibration.alpha, tuple) else (calibration.alpha,)
     alphas = alphas * (len(limits) // len(alphas))

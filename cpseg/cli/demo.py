@@ -173,7 +173,7 @@ def _measure(given: argparse.Namespace) -> _Found:
     if not given.json:
         print(
             wrapped(
-                f"{len(names)} classes; {len(held_out)} labelled images to calibrate on, "
+                f"{len(names)} classes; {len(held_out)} labeled images to calibrate on, "
                 f"{len(new)} new ones. The annotator is over-confident and favors the background."
             )
         )

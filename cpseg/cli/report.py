@@ -1,4 +1,4 @@
-"""``cpseg report``: one HTML file about a calibration and labelled images."""
+"""``cpseg report``: one HTML file about a calibration and labeled images."""
 
 import argparse
 import shlex
@@ -36,7 +36,7 @@ EXAMPLE = """\
       --labels test-masks --images test-photos --classes classes.txt \\
       -o report.html
 
-  Take labelled images that did not calibrate.
+  Take labeled images that did not calibrate.
 """
 """What to type."""
 
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @final
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """Labelled images on disk."""
+    """Labeled images on disk."""
 
     names: Sequence[str]
     logits: Logits

@@ -1,6 +1,6 @@
 """Coverage, set size, selective accuracy and mIoU: mergeable, with intervals over units.
 
-Every number here is a ratio of counts: covered over labelled pixels, correct over kept ones,
+Every number here is a ratio of counts: covered over labeled pixels, correct over kept ones,
 intersection over union. A metric keeps one row of int64 counts per unit, the ratio's two parts for
 each class, so a report can average both ways and its intervals can resample units:
 

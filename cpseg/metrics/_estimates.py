@@ -104,7 +104,7 @@ def table(title: str, rows: Iterable[tuple[str, ...]], confidence: float) -> str
 
 def worst_line(images: Tensor, worst: float, tenth: float) -> str:
     if not len(images):
-        return "no image has labelled pixels that count"
+        return "no image has labeled pixels that count"
     middle = images[len(images) // 2].item()
     return (
         f"{len(images)} images: worst {worst:.4f}, mean of worst tenth {tenth:.4f}, "

@@ -72,7 +72,7 @@ def tally(codes: Tensor, size: int, amount: Tensor | None = None) -> Tensor:
 def confusion(
     predictions: Tensor, labels: Tensor, num_classes: int, ignore_index: int
 ) -> tuple[Tensor, ...]:
-    """Per batch entry and class: correct, predicted, labelled, abstained; then both faults."""
+    """Per batch entry and class: correct, predicted, labeled, abstained; then both faults."""
     _checks.check_integers("labels", labels)
     if labels.ndim < 1:
         raise InputError(f"labels must have shape (B, *S); got {_checks.describe(labels.shape)}")

@@ -15,13 +15,13 @@ from cpseg.metrics._rows import Rows, UnitIds, checked_ids, settings_of
 @final
 @dataclass(frozen=True, eq=False, slots=True)
 class SelectiveAccuracyReport:
-    """How many pseudo-labels were kept, and how many of those are right, at labelled pixels.
+    """How many pseudo-labels were kept, and how many of those are right, at labeled pixels.
 
     Attributes:
-        kept: Kept over labelled pixels.
+        kept: Kept over labeled pixels.
         accuracy_of_kept: Correct over kept pixels; its images are those with kept pixels.
-        kept_by_true_class: Kept over labelled pixels whose *label* is the class.
-        kept_as_class: Pixels kept *as* the class over all labelled pixels; these add up to
+        kept_by_true_class: Kept over labeled pixels whose *label* is the class.
+        kept_as_class: Pixels kept *as* the class over all labeled pixels; these add up to
             ``kept`` over classes.
         accuracy_by_true_class: Correct over kept pixels whose *label* is the class.
         accuracy_by_predicted_class: Correct over pixels kept *as* the class (precision): what a
@@ -170,14 +170,14 @@ class SelectiveAccuracy:
             InputError: If a pixel's value was out of range, or an argument is.
         """
         intervals = Bootstrap(resamples, confidence, seed)
-        correct, kept_as, labelled, abstained = self._rows.tables()
-        kept = labelled - abstained
+        correct, kept_as, labeled, abstained = self._rows.tables()
+        kept = labeled - abstained
         images, worst, tenth = spread(correct.sum(1), kept.sum(1))
-        everything = labelled.sum(1)
+        everything = labeled.sum(1)
         kept_ratio, accuracy, by_true, as_class, right_by_true, right_as = intervals.ratios(
             (kept.sum(1), everything),
             (correct.sum(1), kept.sum(1)),
-            (kept, labelled),
+            (kept, labeled),
             (kept_as, everything[:, None].expand_as(kept_as)),
             (correct, kept),
             (correct, kept_as),

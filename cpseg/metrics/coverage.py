@@ -29,7 +29,7 @@ class CoverageReport:
     """How often the label is in the set.
 
     Attributes:
-        overall: Over all labelled pixels.
+        overall: Over all labeled pixels.
         classes: Over the pixels of each class; its images are those that contain the class.
         images: Coverage of each image, ascending. float64 ``(n,)``.
         worst_image: The least of them; NaN without images.
@@ -193,15 +193,15 @@ class Coverage:
 @final
 @dataclass(frozen=True, eq=False, slots=True)
 class SetSizeReport:
-    """How many classes the sets hold, at labelled pixels.
+    """How many classes the sets hold, at labeled pixels.
 
     Attributes:
-        overall: Over all labelled pixels.
+        overall: Over all labeled pixels.
         classes: Over the pixels whose label is the class.
         images: Mean set size of each image, ascending. float64 ``(n,)``.
         worst_image: The largest of them; NaN without images.
         worst_tenth_of_images: Mean of the largest ``ceil(n / 10)``.
-        num_pixels_of_size: Labelled pixels with a set of each size, ``0 .. C``. int64 ``(C + 1,)``.
+        num_pixels_of_size: Labeled pixels with a set of each size, ``0 .. C``. int64 ``(C + 1,)``.
         confidence: Level of the intervals.
     """
 
@@ -220,7 +220,7 @@ class SetSizeReport:
 
     @property
     def mean_of_pixels(self) -> float:
-        """Mean set size of all labelled pixels."""
+        """Mean set size of all labeled pixels."""
         return self.overall.mean_of_pixels.value.item()
 
     def table(self, class_names: Sequence[str] | None = None) -> str:
@@ -234,7 +234,7 @@ class SetSizeReport:
             (
                 table("set size", rows, self.confidence),
                 worst_line(self.images, self.worst_image, self.worst_tenth_of_images),
-                f"labelled pixels by set size: {sizes or 'none'}",
+                f"labeled pixels by set size: {sizes or 'none'}",
             )
         )
 
@@ -245,7 +245,7 @@ class SetSizeReport:
 @final
 @dataclass(eq=False)
 class SetSize:
-    """How many classes the sets hold at labelled pixels: overall, per class and per image.
+    """How many classes the sets hold at labeled pixels: overall, per class and per image.
 
     Guarantee:
         None; a measurement.

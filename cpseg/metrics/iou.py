@@ -19,16 +19,16 @@ from cpseg.metrics._rows import Rows, UnitIds, checked_ids, settings_of
 class MeanIoUReport:
     """Intersection over union per class, and four means of it that are not the same number.
 
-    A class *occurs* where it is the label or the prediction of a labelled pixel: its union is not
+    A class *occurs* where it is the label or the prediction of a labeled pixel: its union is not
     empty. The first three are means over classes of the pooled IoU, ``classes.mean_of_pixels``.
 
     Attributes:
         mean_of_occurring_classes: Over classes that occur; others do not count. What most papers
             report.
-        mean_of_labelled_classes: Over classes that are the label of some pixel that counts; one
+        mean_of_labeled_classes: Over classes that are the label of some pixel that counts; one
             that is only ever predicted does not count itself, though it costs the classes it
             displaces. With ``abstained="ignored"`` pixels without a prediction do not count: a
-            class all of whose pixels abstained is left out, as if nobody had labelled it.
+            class all of whose pixels abstained is left out, as if nobody had labeled it.
         mean_of_all_classes_absent_as_zero: Over all C classes; one that does not occur counts 0.
         mean_of_images: Mean over images of each image's mean over the classes that occur in it.
         classes: IoU per class. ``mean_of_pixels`` pools counts over images; ``mean_of_images``
@@ -37,13 +37,13 @@ class MeanIoUReport:
             float64 ``(n,)``.
         worst_image: The least of them; NaN without images.
         worst_tenth_of_images: Mean of the lowest ``ceil(n / 10)``.
-        num_abstained: Labelled pixels of each class where the prediction abstained. int64 ``(C,)``.
+        num_abstained: Labeled pixels of each class where the prediction abstained. int64 ``(C,)``.
         abstained: How those were counted, ``"missed"`` or ``"ignored"``.
         confidence: Level of the intervals.
     """
 
     mean_of_occurring_classes: Estimate
-    mean_of_labelled_classes: Estimate
+    mean_of_labeled_classes: Estimate
     mean_of_all_classes_absent_as_zero: Estimate
     mean_of_images: Estimate
     classes: Ratio
@@ -60,7 +60,7 @@ class MeanIoUReport:
         lines = [table("IoU", ratio_rows(names, self.classes), self.confidence)]
         for title, mean in (
             ("mean of occurring classes", self.mean_of_occurring_classes),
-            ("mean of labelled classes", self.mean_of_labelled_classes),
+            ("mean of labeled classes", self.mean_of_labeled_classes),
             ("mean of all classes, absent as 0", self.mean_of_all_classes_absent_as_zero),
             ("mean of images (their occurring classes)", self.mean_of_images),
         ):
@@ -79,7 +79,7 @@ class MeanIoUReport:
 @final
 @dataclass(eq=False)
 class MeanIoU:
-    """Intersection over union of predictions and labels, at labelled pixels.
+    """Intersection over union of predictions and labels, at labeled pixels.
 
     Guarantee:
         None; a measurement.
@@ -87,7 +87,7 @@ class MeanIoU:
     Args:
         num_classes: C.
         ignore_index: Label of pixels that do not count, and prediction that abstains.
-        abstained: ``"missed"``: a labelled pixel without a prediction belongs to the union of its
+        abstained: ``"missed"``: a labeled pixel without a prediction belongs to the union of its
             class, as any other miss. ``"ignored"``: it does not count at all, which flatters a
             filter that abstains where it is unsure.
 
@@ -96,7 +96,7 @@ class MeanIoU:
         >>> report = metric.compute()
         >>> report.mean_of_occurring_classes.value.item()
         0.25
-        >>> report.mean_of_labelled_classes.value.item()
+        >>> report.mean_of_labeled_classes.value.item()
         0.5
     """
 
@@ -186,8 +186,8 @@ class MeanIoU:
             InputError: If a pixel's value was out of range, or an argument is.
         """
         intervals = Bootstrap(resamples, confidence, seed)
-        both, predicted, labelled, abstained = self._rows.tables()
-        counted = labelled if self.abstained == "missed" else labelled - abstained
+        both, predicted, labeled, abstained = self._rows.tables()
+        counted = labeled if self.abstained == "missed" else labeled - abstained
         union = predicted + counted - both
         # The mean over an image's own classes, as a ratio so that images without any drop out.
         per_image = divide(both.double(), union.double()).nansum(1), (union > 0).sum(1).double()
@@ -197,12 +197,12 @@ class MeanIoU:
             *columns_of(both, union), *columns_of(*per_image)[:2], counted
         )
         iou = divide(*of_classes[2:])
-        labelled_only = torch.where(seen > 0, iou, torch.nan).nanmean(1, keepdim=True)
+        labeled_only = torch.where(seen > 0, iou, torch.nan).nanmean(1, keepdim=True)
         nothing = iou.isnan().all(1, keepdim=True)  # no class at all: no mean either
         with_zeros = torch.where(nothing, torch.nan, iou.nan_to_num(0.0).mean(1, keepdim=True))
         return MeanIoUReport(
             mean_of_occurring_classes=intervals.estimate(iou.nanmean(1, keepdim=True)),
-            mean_of_labelled_classes=intervals.estimate(labelled_only),
+            mean_of_labeled_classes=intervals.estimate(labeled_only),
             mean_of_all_classes_absent_as_zero=intervals.estimate(with_zeros),
             mean_of_images=intervals.estimate(divide(each, there)),
             classes=intervals.ratio((both, union), of_classes),

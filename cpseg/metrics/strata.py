@@ -36,7 +36,7 @@ class StratifiedCoverageReport:
     """Coverage and set size within each stratum.
 
     Attributes:
-        coverage: Of each stratum; its images are those with labelled pixels in it. ``(K,)``.
+        coverage: Of each stratum; its images are those with labeled pixels in it. ``(K,)``.
         set_size: Of each stratum. ``(K,)``.
         confidence: Level of the intervals.
     """
@@ -93,7 +93,7 @@ class StratifiedCoverage:
         self.num_strata = _checks.check_integer("num_strata", self.num_strata, 1)
         rules = [
             class_rule("labels", self.num_classes, self.ignore_index),
-            f"strata must lie in [0, {self.num_strata}) at labelled pixels",
+            f"strata must lie in [0, {self.num_strata}) at labeled pixels",
         ]
         self._rows = Rows(self, [self.num_strata] * 3, rules)
 

@@ -28,7 +28,7 @@ class ConfidenceCounts:
         ignore_index: Label of pixels that do not count.
 
     Attributes:
-        pixels: Labelled pixels by confidence. int64 ``(K,)``.
+        pixels: Labeled pixels by confidence. int64 ``(K,)``.
         right: Those whose most likely class is the label. int64 ``(K,)``.
 
     Examples:
@@ -85,7 +85,7 @@ class ConfidenceCounts:
         """What is kept, and how much of it is right, as the confidence asked for falls.
 
         Returns:
-            Shares of labelled pixels, rising to 1, and of the kept ones. float64 ``(N,)`` each,
+            Shares of labeled pixels, rising to 1, and of the kept ones. float64 ``(N,)`` each,
             of the bins that hold pixels.
         """
         filled = self.pixels > 0

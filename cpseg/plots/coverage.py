@@ -122,7 +122,7 @@ def coverage_of_images(report: CoverageReport, alpha: float | None) -> "matplotl
     if alpha is not None:
         axes.axhline(1 - alpha, color=PROMISED, ls="--", label="1 - alpha")
     axes.grid(axis="y", color="#e5e5e5", lw=0.7)
-    label(axes, "images, from the least covered on", "share of labelled pixels covered")
+    label(axes, "images, from the least covered on", "share of labeled pixels covered")
     legend_above(figure, axes)
     return figure
 

@@ -106,7 +106,7 @@ def risk_coverage(
     axes.set_xlim(0, 1.02)
     axes.set_ylim(max(0.0, min([0.9, *lowest]) - 0.03), 1.005)
     axes.grid(color="#e5e5e5", lw=0.7)
-    label(axes, "share of labelled pixels kept", "share of kept labels that are right")
+    label(axes, "share of labeled pixels kept", "share of kept labels that are right")
     legend(figure, axes.get_legend_handles_labels()[0], "outside lower center")
     return figure
 

@@ -1,6 +1,6 @@
-"""One HTML file about a calibration: what it promises, what happened on labelled images, what to do.
+"""One HTML file about a calibration: what it promises, what happened on labeled images, what to do.
 
-:func:`measure` walks labelled images once, and once more for those it shows; :func:`page` writes
+:func:`measure` walks labeled images once, and once more for those it shows; :func:`page` writes
 what was found as one file without scripts that loads nothing from anywhere. Several processes take
 a share of the images each, and merge their :class:`Observations`. Figures need matplotlib:
 ``pip install 'cpseg[plot]'``.

@@ -73,10 +73,10 @@ def _summary(findings: Findings) -> str:
     if findings.same_data:
         parts.append(
             "<p class=warning>These seem to be the very images that calibrated: there are exactly "
-            "as many labelled pixels of each kind. Coverage on them comes out right by "
-            "construction and tests nothing. Take labelled images of their own.</p>"
+            "as many labeled pixels of each kind. Coverage on them comes out right by "
+            "construction and tests nothing. Take labeled images of their own.</p>"
         )
-    facts: list[tuple[str, str]] = [("labelled images", str(len(findings.images)))]
+    facts: list[tuple[str, str]] = [("labeled images", str(len(findings.images)))]
     if coverage is not None and findings.sizes is not None:
         mean = coverage.overall.mean_of_images
         facts.append(("coverage, mean of images", estimate(mean.value, mean.low, mean.high)))
@@ -159,7 +159,7 @@ def _advice(findings: Findings) -> str:
     calibration, coverage = findings.calibration, findings.coverage
     advice: list[str] = []
     if findings.same_data:
-        advice.append("Repeat this report on labelled images that did not calibrate.")
+        advice.append("Repeat this report on labeled images that did not calibrate.")
     if coverage is not None and calibration.axes == () and compares(calibration):
         high = float(coverage.overall.mean_of_images.high)
         if high < 1 - alphas_of(calibration, 1)[0]:

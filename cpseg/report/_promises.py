@@ -1,4 +1,4 @@
-"""What a calibration promises that labelled images can be held against."""
+"""What a calibration promises that labeled images can be held against."""
 
 from cpseg.calibration import Calibration
 

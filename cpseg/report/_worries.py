@@ -73,7 +73,7 @@ def _about_labels(
         return [
             (
                 "It is in none of these images, so nothing here was tested.",
-                "Add labelled images that contain it.",
+                "Add labeled images that contain it.",
             )
         ]
     told: list[tuple[str, str] | None] = []

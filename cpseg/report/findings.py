@@ -23,7 +23,7 @@ AnyFilter = Argmax | Top | BackgroundPriority | Singleton | AtMost
 @final
 @dataclass(frozen=True, eq=False, slots=True)
 class Entry:
-    """A labelled image.
+    """A labeled image.
 
     Attributes:
         name: What to call it.
@@ -42,7 +42,7 @@ class Entry:
 
 
 class Entries(Protocol):
-    """Labelled images, read one at a time."""
+    """Labeled images, read one at a time."""
 
     def __len__(self) -> int:
         """How many."""
@@ -60,9 +60,9 @@ class Seen:
 
     Attributes:
         name: The image.
-        coverage: Share of labelled pixels whose class is in the set; NaN without sets or labels.
+        coverage: Share of labeled pixels whose class is in the set; NaN without sets or labels.
         set_size: Mean size of those sets.
-        right: Share of labelled pixels whose most likely class is right.
+        right: Share of labeled pixels whose most likely class is right.
     """
 
     name: str

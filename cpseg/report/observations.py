@@ -1,4 +1,4 @@
-"""What labelled images show, one after the other, and what follows from all of them."""
+"""What labeled images show, one after the other, and what follows from all of them."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ _PLANNED = 32  # images behind the set sizes at other levels
 @final
 @dataclass(eq=False)
 class Observations:
-    """What labelled images that did not calibrate show about a calibration: mergeable.
+    """What labeled images that did not calibrate show about a calibration: mergeable.
 
     Any cut into shares and any order of merges gives the same findings, to the bit.
 
@@ -141,7 +141,7 @@ class Observations:
         worst = _checks.check_integer("worst", worst, 0)
         count = len(entries)
         if count == 0:
-            raise InputError("entries must hold at least one labelled image; got none")
+            raise InputError("entries must hold at least one labeled image; got none")
         if self._seen.keys() != set(range(count)):
             raise InputError(
                 f"entries must be the images that were seen, {len(self._seen)}; got {count}"
@@ -224,7 +224,7 @@ def measure(
     worst: int = 3,
     walk: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Findings:
-    """Look at labelled images that did not calibrate.
+    """Look at labeled images that did not calibrate.
 
     Args:
         calibration: What to look at. Not one with groups: they are not known here.
@@ -262,7 +262,7 @@ def levels_table(
 
     Returns:
         The levels, the thresholds ``(A, 1 or C)``, and the mean over images of the mean set size
-        at labelled pixels, NaN without any.
+        at labeled pixels, NaN without any.
     """
     calibrations = [calibrator.compute(alpha) for alpha in alphas]
     predictors = [PixelSetPredictor(calibration) for calibration in calibrations]

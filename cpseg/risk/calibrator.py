@@ -202,11 +202,11 @@ class RiskCalibrator:
         grid = self._prepare(classes, logits.device)
         with torch.no_grad():
             wide = labels.long()
-            labelled = wide != self.ignore_index
-            known = labelled & (wide >= 0) & (wide < classes)
+            labeled = wide != self.ignore_index
+            known = labeled & (wide >= 0) & (wide < classes)
             usable = logits.amax(1).isfinite() & ~logits.isnan().any(1)
             valid = known & usable
-            faults = torch.stack(((labelled & ~known).sum(), (known & ~usable).sum()))
+            faults = torch.stack(((labeled & ~known).sum(), (known & ~usable).sum()))
             self._faults = self._faults.to(faults.device) + faults
             objects = None if instances is None else instances.long()
             batch = Batch(logits, wide * valid, valid, objects, grid, self.score, self.ignore_index)

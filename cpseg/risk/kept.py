@@ -78,12 +78,12 @@ class KeptError:
         rule = rule_name(self.rule, self.num_classes)
         if self.per_class:
             return (
-                f"For each class, E[wrong] / E[kept] is at most {alpha:g}, over new images with labelled "
+                f"For each class, E[wrong] / E[kept] is at most {alpha:g}, over new images with labeled "
                 "pixels where the class is the most likely one, with the shares of these pixels "
                 f"that {rule} labels wrongly, and at all"
             )
         return (
-            f"E[wrong] / E[kept] is at most {alpha:g}, with the shares of a new image's labelled "
+            f"E[wrong] / E[kept] is at most {alpha:g}, with the shares of a new image's labeled "
             f"pixels that {rule} labels wrongly, and at all"
         )
 
@@ -118,7 +118,7 @@ class FalseShare:
         probe(self.rule, self.num_classes)
 
     def tally(self, batch: Batch) -> Tensor:
-        """Wrong and kept pixels per threshold, and labelled ones. int64 ``(B, 2 * K + 1)``."""
+        """Wrong and kept pixels per threshold, and labeled ones. int64 ``(B, 2 * K + 1)``."""
         return _tally_kept(batch, self.rule, self.num_classes, 1)
 
     def losses(self, tallies: Tensor, alpha: float) -> Losses:

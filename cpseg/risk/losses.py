@@ -47,7 +47,7 @@ class Losses:
     Attributes:
         values: In [0, 1]. float64 ``(N, R, K)``: units, thresholds to find, thresholds to try.
         counted: Which units have a risk. Bool ``(N, R)``.
-        pixels: Labelled pixels behind it. int64 ``(N, R)``.
+        pixels: Labeled pixels behind it. int64 ``(N, R)``.
     """
 
     values: Tensor

@@ -35,7 +35,7 @@ __all__ = [
 @final
 @dataclass(frozen=True, slots=True)
 class Miscoverage:
-    """The share of an image's labelled pixels whose class is missing from their set.
+    """The share of an image's labeled pixels whose class is missing from their set.
 
     In expectation, :class:`cpseg.SplitCalibrator` controls it without a grid.
 
@@ -69,7 +69,7 @@ class Miscoverage:
     def event(self, alpha: float) -> str:
         """What is bounded."""
         return (
-            "The expected share of a new image's labelled pixels whose class is missing from "
+            "The expected share of a new image's labeled pixels whose class is missing from "
             f"their set is at most {alpha:g}"
         )
 
@@ -115,7 +115,7 @@ class FalseNegativeRate:
         """What is bounded."""
         return (
             f"For {_named(self.classes)}, in new images that contain it, the expected share of its "
-            f"labelled pixels whose set misses it is at most {alpha:g}"
+            f"labeled pixels whose set misses it is at most {alpha:g}"
         )
 
 
@@ -162,7 +162,7 @@ class DilutedFalseNegativeRate:
     def event(self, alpha: float) -> str:
         """What is bounded."""
         return (
-            f"For {_named(self.classes)}, over all new images, the expected share of its labelled "
+            f"For {_named(self.classes)}, over all new images, the expected share of its labeled "
             f"pixels whose set misses it, 0 in images without it, is at most {alpha:g}"
         )
 
@@ -207,7 +207,7 @@ class WorstFalseNegativeRate:
     def event(self, alpha: float) -> str:
         """What is bounded."""
         return (
-            "The expected share of labelled pixels whose set misses their class, of the class of "
+            "The expected share of labeled pixels whose set misses their class, of the class of "
             f"a new image for which it is largest, is at most {alpha:g}"
         )
 
@@ -215,7 +215,7 @@ class WorstFalseNegativeRate:
 @final
 @dataclass(frozen=True, slots=True)
 class CoverageShare:
-    """1 if less than a share tau of an image's labelled pixels is covered, else 0.
+    """1 if less than a share tau of an image's labeled pixels is covered, else 0.
 
     Attributes:
         tau: Share of the pixels, in (0, 1), read as the decimal it prints as.
@@ -251,7 +251,7 @@ class CoverageShare:
     def event(self, alpha: float) -> str:
         """What is bounded."""
         return (
-            f"At least a share {self.tau:g} of a new image's labelled pixels have their class in "
+            f"At least a share {self.tau:g} of a new image's labeled pixels have their class in "
             f"their set, but for a share {alpha:g} of images at most"
         )
 
@@ -261,7 +261,7 @@ class CoverageShare:
 class InstanceRecall:
     """The share of an image's objects that are not found; images without objects do not count.
 
-    An object is found when its class is in the sets of a share ``tau`` of its labelled pixels.
+    An object is found when its class is in the sets of a share ``tau`` of its labeled pixels.
     Objects are what ``update`` is given as ``instances``, or else regions of equal labels. An
     object cut by tiles counts once per tile.
 
@@ -307,8 +307,8 @@ class InstanceRecall:
         last = ordered[pixels.cumsum(0) - pixels + needed - 1] % steps
         found = torch.zeros(count * steps, dtype=torch.int64, device=objects.device)
         found.index_add_(0, names[0] * steps + last, torch.ones_like(last))
-        labelled = flattened(batch.valid).sum(1, keepdim=True)
-        return torch.cat((found.view(count, steps), labelled), 1)
+        labeled = flattened(batch.valid).sum(1, keepdim=True)
+        return torch.cat((found.view(count, steps), labeled), 1)
 
     def losses(self, tallies: Tensor, alpha: float) -> Losses:
         """Shares of objects not found."""
@@ -320,7 +320,7 @@ class InstanceRecall:
         """What is bounded."""
         return (
             "In new images with objects, the expected share of objects with less than a share "
-            f"{self.tau:g} of their labelled pixels covered is at most {alpha:g}"
+            f"{self.tau:g} of their labeled pixels covered is at most {alpha:g}"
         )
 
 

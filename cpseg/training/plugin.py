@@ -87,7 +87,7 @@ class PseudoLabelStore:
             calibration: What the filter stands on.
             classes: The name of each class, in order; fewer than 254.
             model: Which annotator made the logits.
-            split: Which images were labelled, by the name of their split.
+            split: Which images were labeled, by the name of their split.
 
         Raises:
             InputError: If the folder holds something, or the classes do not fit.

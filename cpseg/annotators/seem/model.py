@@ -158,7 +158,7 @@ class SEEM(nn.Module):
         return masks[0][fit.argmax(0)]
 
     def text_embeddings(self, token_ids: Tensor) -> Tensor:
-        """Normalised embeddings of texts.
+        """Normalized embeddings of texts.
 
         Args:
             token_ids: Token ids of each text up to the end-of-text token; what follows is
