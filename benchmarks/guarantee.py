@@ -186,16 +186,16 @@ def bound_rows(
                     if bound is clopper_pearson and prepare is not bernoulli:
                         continue
                     failures = int((bound(draw(alpha), alpha, delta) <= delta).sum())
-                    realised = None
+                    realized = None
                     if sharpness and name in OURS:
-                        realised = 0.0
+                        realized = 0.0
                         going = torch.ones(draws, dtype=torch.bool)
                         for tenth in range(1, 10):
                             losses = draw(alpha * tenth / 10)
                             going &= bound(losses, alpha, delta) <= delta
                             if not bool(going.any()):
                                 break
-                            realised += float(going.double().mean()) / 10
+                            realized += float(going.double().mean()) / 10
                     yield Row(
                         name,
                         kind,
@@ -204,7 +204,7 @@ def bound_rows(
                         delta,
                         draws,
                         failures=failures,
-                        sharpness=realised,
+                        sharpness=realized,
                         ours=name in OURS,
                     )
 
@@ -782,7 +782,7 @@ def summary(rows: Iterable[Row]) -> Iterator[str]:
         by_name.setdefault(row.name if row.ours else f"*{row.name}*", []).append(row)
     yield (
         "| what | lines that hold | most used | found / nominal there | where "
-        "| realised at n = 10 | 50 | 200 | 1000 |"
+        "| realized at n = 10 | 50 | 200 | 1000 |"
     )
     yield "|---|---|---|---|---|---|---|---|---|"
     for name, lines in by_name.items():
@@ -802,7 +802,7 @@ def summary(rows: Iterable[Row]) -> Iterator[str]:
 
 def table(rows: Iterable[Row]) -> Iterator[str]:
     """Rows as Markdown."""
-    yield "| what | setting | nominal | found | holds | realised / alpha | given |"
+    yield "| what | setting | nominal | found | holds | realized / alpha | given |"
     yield "|---|---|---|---|---|---|---|"
     for row in rows:
         name = row.name if row.ours else f"*{row.name}*"

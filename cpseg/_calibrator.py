@@ -682,7 +682,7 @@ class _Scored:
         clean = labels.clamp(0, classes - 1)
         known = clean == labels
         scores = upward(label_scores_in_parts(self.score, x, position, clean))
-        usable = known & (scores == scores)  # noqa: PLR0124 - NaN, vectorised
+        usable = known & (scores == scores)  # noqa: PLR0124 - NaN, vectorized
         counts = known & self.scales[0].fits(scores)
         # The code is how many tests are passed: some label, a class, a score.
         code = (labels != self.ignore_index).int() + known.int() + usable.int()
@@ -696,7 +696,7 @@ class _Scored:
 def data_mark(labels: Tensor, logits: Tensor) -> Tensor:
     """A hash of each pixel's label and of that class's logit, whatever the score. int32.
 
-    Not narrower: a kernel that holds anything of int16 is not vectorised.
+    Not narrower: a kernel that holds anything of int16 is not vectorized.
     """
     mark = (labels.int() * 0x5BD1E995) ^ logits.float().view(torch.int32)
     mark = mark * 0x2C1B3C6D

@@ -75,7 +75,7 @@ def holds(compare: Callable[..., Tensor], part: Tensor, other: Tensor) -> Tensor
     """A comparison such as ``torch.gt``: bool, of the shape and as elementwise as ``part``."""
     if torch.compiler.is_compiling():
         return compare(part, other)
-    # It is vectorised where its result has the type of what it compares, and 4 times as slow else.
+    # It is vectorized where its result has the type of what it compares, and 4 times as slow else.
     return compare(part, other, out=torch.empty_like(part)).bool()
 
 
@@ -101,7 +101,7 @@ def at_class(values: Parts, labels: Tensor) -> Tensor:
     """
     if not torch.compiler.is_compiling():
         return joined(values).expand(-1, len(labels)).gather(0, labels[None])[0]
-    # In a kernel, a sum over classes is vectorised and an index is not.
+    # In a kernel, a sum over classes is vectorized and an index is not.
     narrow = labels.int()
     own = [index == narrow for index in class_index(values)]
     if values[0].dtype == torch.bool:
@@ -113,7 +113,7 @@ def first_class(masks: Parts) -> Tensor:
     """The first class that is marked, 0 where none is. Bool to integers ``(N,)``.
 
     What ``argmax(0)`` does, an order of magnitude faster: along an axis that is not the last,
-    torch vectorises a maximum but not its index.
+    torch vectorizes a maximum but not its index.
     """
     classes = num_classes(masks)
     if torch.compiler.is_compiling():
@@ -132,7 +132,7 @@ def first_class(masks: Parts) -> Tensor:
 def any_class(masks: Parts) -> Tensor:
     """Whether any class is marked. Bool to bool ``(N,)``.
 
-    As :func:`first_class`, in the form that is vectorised: floats in a kernel, bytes without.
+    As :func:`first_class`, in the form that is vectorized: floats in a kernel, bytes without.
     """
     if torch.compiler.is_compiling():
         return largest([torch.where(mask, 1.0, 0.0) for mask in masks]) > 0

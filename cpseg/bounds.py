@@ -145,7 +145,7 @@ def betting(losses: Tensor, alpha: float, delta: float = 0.1) -> Tensor:
 
     The capital process is that of Waudby-Smith and Ramdas (2024): it starts at 1 and is
     multiplied by ``1 + bet * (alpha - loss)``, each bet in ``[0, 1 / (1 - alpha)]`` and chosen
-    from earlier losses only. Their bets maximise growth. Ours maximise the chance of reaching
+    from earlier losses only. Their bets maximize growth. Ours maximize the chance of reaching
     ``1 / delta`` within the N losses: they are those that would copy the payoff of the normal
     test if the losses were normal, with a variance that is learned as losses come. Whatever the
     bets are worth, the guarantee does not rest on it.

@@ -162,7 +162,7 @@ class PAS:
 
     Prevalence-adjusted softmax (after Ding et al., 2025): it orders classes as ``-probability /
     prior`` does, and lies in [0, 1] whatever the priors are. With one threshold for all classes,
-    it favours rare ones, so that coverage averaged over classes is high for the size of the sets.
+    it favors rare ones, so that coverage averaged over classes is high for the size of the sets.
 
     Attributes:
         prior: Prevalence of each class, positive.
@@ -322,7 +322,7 @@ def recalibrate(
 ) -> _C:
     """Fit temperature and class biases on one split, and show the other one to a calibrator.
 
-    They minimise the mean over images of the mean negative log-likelihood of an image's labeled
+    They minimize the mean over images of the mean negative log-likelihood of an image's labeled
     pixels, with a weak pull towards doing nothing, by Newton's method in float64: the problem is
     convex, and the result the same on every run. Nothing but sums over a batch is held.
 

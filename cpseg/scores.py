@@ -226,7 +226,7 @@ class RAPS:
         ahead = _at_least(parts, labels)
         cumulative = _sum_where(ahead, odds)
         score = _adaptive(cumulative, own, total, _draws(self, position, own))
-        return score + self._cost(how_many(ahead))
+        return score + self._cost(how_many(ahead).to(score.dtype))
 
     def _cost(self, rank: Tensor) -> Tensor:
         return self.penalty * (rank - self.k_reg).clamp(min=0)
@@ -292,7 +292,8 @@ class SAPS:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         parts = in_parts(x)
         _, total = _softmax(parts)
-        return self._score(how_many(_at_least(parts, labels)), 1 / total, position)
+        rank = how_many(_at_least(parts, labels)).to(total.dtype)
+        return self._score(rank, 1 / total, position)
 
     def _score(self, rank: Tensor, top: Tensor, position: Tensor) -> Tensor:
         if not self.randomized:
@@ -494,7 +495,7 @@ _WORD = 0xFFFFFFFF
 
 
 def _mix(h: Tensor) -> Tensor:
-    # A 32-bit finaliser (xor, shift, multiply) in int64: products wrap, their low word is right.
+    # A 32-bit finalizer (xor, shift, multiply) in int64: products wrap, their low word is right.
     h = ((h ^ (h >> 16)) * 0x7FEB352D) & _WORD
     h = ((h ^ (h >> 15)) * 0x846CA68B) & _WORD
     return h ^ (h >> 16)

@@ -130,6 +130,16 @@ def test_a_rows_miou_leaves_the_held_out_video_to_its_own_column(students: Any) 
     assert json.loads(row["miou_by_video"]) == {"train1": 0.0, "valid0": 1.0}
 
 
+def test_an_arm_may_take_the_labeled_frames_for_unlabeled_ones(students: Any) -> None:
+    frames, val = students.shapes(6, 2, "train0"), students.shapes(2, 3, "valid0")
+    split = students.split_of(frames, val, [0, 1], "")
+    arm = students.ARMS["labels only, strong views too"]
+    taught = arm.taught(split)
+    assert taught.names == split.labeled.names
+    assert torch.equal(arm.labels(split.labeled, taught), split.labeled.labels)
+    assert students.ARMS["raw"].taught(split).names == split.unlabeled.names
+
+
 def test_intervals_are_students(students: Any) -> None:
     # mean .02, standard deviation .01, t(.975, 2) = 4.3027: half a width of 2.48 points
     assert students.interval([0.01, 0.02, 0.03]) == "+2.0 [-0.5, +4.5]"

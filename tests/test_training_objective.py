@@ -11,6 +11,7 @@ from cpseg.errors import InputError
 from cpseg.training import (
     Batch,
     Complement,
+    Constant,
     Exponential,
     Own,
     Stage,
@@ -142,7 +143,7 @@ def test_own_probabilities_are_trained_on_as_they_are(merge: Literal["multiply"]
 
 @pytest.mark.parametrize("own", get_args(Own))
 @pytest.mark.parametrize("merge", [None, "multiply"])
-def test_class_weights_are_divided_out_of_probabilities_of_the_networks_alone(
+def test_class_weights_are_divided_out_of_own_probabilities(
     own: Own, merge: Literal["multiply"] | None
 ) -> None:
     batch, network = soft_batch() if merge else make_batch(), student().eval()
@@ -150,7 +151,7 @@ def test_class_weights_are_divided_out_of_probabilities_of_the_networks_alone(
     stage = Stage(name="o", steps=1, source="teacher", merge=merge, own=own, threshold=0.5)
     found = TwoStageObjective((stage,), class_weights=weights).targets(stage, network, batch)
     shares = network(batch.weak).softmax(1) * (batch.external if merge else 1)
-    if own == "probabilities" and merge is None:
+    if own == "probabilities":
         shares = shares / torch.tensor([0.2, 1.0, 5.0, 1.0]).view(-1, 1, 1)
     shares = shares / shares.sum(1, keepdim=True).clamp(min=1e-9)
     confidence, labels = shares.max(1)
@@ -159,6 +160,31 @@ def test_class_weights_are_divided_out_of_probabilities_of_the_networks_alone(
         torch.testing.assert_close(found.labels, shares)
     else:
         assert torch.equal(found.labels[found.kept], labels[found.kept])
+
+
+@pytest.mark.parametrize("weights", [None, (0.2, 1.0, 5.0, 3.0)])
+def test_equal_shares_of_a_set_ask_for_any_class_of_it(weights: tuple[float, ...] | None) -> None:
+    """In each pixel the gradient has the direction of that of -log of the set's probability."""
+    g = torch.Generator().manual_seed(2)
+    logits = torch.randn(3, 4, 5, 7, generator=g).requires_grad_()
+    inside = torch.rand(3, 4, 5, 7, generator=g) < 0.6
+    inside[:, 1] |= ~inside.any(1)
+    batch = replace(
+        make_batch(),
+        images=torch.zeros(2, 4, 5, 7),
+        weak=logits,
+        external=inside / inside.sum(1, keepdim=True),
+        valid=torch.ones(3, 5, 7, dtype=torch.bool),
+    )
+    stage = Stage(name="s", steps=1, source="student", merge="multiply", own="probabilities")
+    stage = replace(stage, labeled_weight=Constant(0.0), unlabeled_weight=Constant(1.0))
+    loss = TwoStageObjective((stage,), class_weights=weights)(nn.Identity(), batch, step=0).loss
+    (found,) = torch.autograd.grad(loss * batch.valid.numel(), logits)
+    shares = logits.softmax(1)
+    (wanted,) = torch.autograd.grad(-(shares * inside).sum(1).log().sum(), logits)
+    free = shares.detach() / torch.tensor(weights or (1.0,) * 4).view(-1, 1, 1)
+    times = (shares.detach() * inside).sum(1) / (free * inside).sum(1)  # 1 without weights
+    torch.testing.assert_close(found, wanted * times[:, None])
 
 
 def test_abstained_pixels_are_not_kept_at_any_threshold() -> None:

@@ -352,3 +352,21 @@ def test_the_loss_refuses_what_does_not_fit(change: dict[str, object], message: 
     }
     with pytest.raises(InputError, match=message):
         masked_cross_entropy(**{**given_, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_unusable_logits_where_nothing_is_asked_cost_nothing(bad: float, *, soft: bool) -> None:
+    logits = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 0.5]])
+    labels = torch.tensor([0, 255])
+    shares = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    clean = float(masked_cross_entropy(logits, labels))
+    logits[1, 1] = bad
+    if bad < 0:
+        logits[0, 2] = bad  # a class that has no share
+        clean = float(torch.tensor([1.0, 0.0]).logsumexp(0)) - 1
+    logits.requires_grad_()
+    loss = masked_cross_entropy(logits, shares if soft else labels)
+    assert float(loss.detach()) == pytest.approx(clean)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.isfinite().all()

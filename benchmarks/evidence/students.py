@@ -247,15 +247,21 @@ def strong(config: TrainConfig) -> TrainConfig:
 
 @dataclass(frozen=True)
 class Arm:
-    """External labels, and how they are learned from."""
+    """External labels, and how they are learned from; with ``again``, of the labeled frames."""
 
     labels: Labels
     recipe: Recipe
+    again: bool = False
+
+    def taught(self, split: "Split") -> Frames:
+        """The frames that have external labels."""
+        return split.labeled if self.again else split.unlabeled
 
 
 # In the order in which they are run: those that matter most come first.
 ARMS = {
     "labels only": Arm(nothing, labels_only),
+    "labels only, strong views too": Arm(truth, external, again=True),
     "raw": Arm(raw, external),
     "recalibrated probabilities": Arm(recalibrated_alone, external),
     "recalibrated probabilities in the set": Arm(in_the_set(recalibrated), external),
@@ -372,14 +378,16 @@ def train(
     task: Task, split: Split, directory: Path, until: float
 ) -> tuple[nn.Module, Tensor] | None:
     """A task's student, trained to the end, and its external labels; None if the time was up."""
-    external = ARMS[task.arm].labels(split.labeled, split.unlabeled)
+    arm = ARMS[task.arm]
+    taught = arm.taught(split)
+    external = arm.labels(split.labeled, taught)
     torch.manual_seed(task.seed)
     classes = len(split.test.classes)
     trainer = Trainer(
         Student(classes).to(memory_format=torch.channels_last),
         config_of(task, split),
         labeled=pairs(split.labeled, split.labeled.labels),
-        unlabeled=pairs(split.unlabeled, external),
+        unlabeled=pairs(taught, external),
         directory=directory,
         color=COLOR,
         device=torch.device("cpu"),
@@ -404,7 +412,7 @@ def row_of(task: Task, split: Split, student: torch.nn.Module, external: Tensor)
                 overall.update(found, label[None])
     iou = overall.compute(resamples=1)
     quality = SelectiveAccuracy(classes)
-    quality.update(hard(external), split.unlabeled.labels)
+    quality.update(hard(external), ARMS[task.arm].taught(split).labels)
     labels = quality.compute(resamples=1)
     videos_iou = {video: round(_miou(metric), 4) for video, metric in by_video.items()}
     per_class = iou.classes.mean_of_pixels.value.tolist()

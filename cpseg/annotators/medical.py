@@ -43,7 +43,7 @@ class Volume:
 
     Args:
         values: Labels ``(Z, Y, X)``, or probabilities ``(C, Z, Y, X)``.
-        spacing: Along Z, Y and X, in the file's unit (millimetres): for margins and boundary
+        spacing: Along Z, Y and X, in the file's unit (millimeters): for margins and boundary
             distances.
     """
 

@@ -469,7 +469,7 @@ def _embed(clip: Any, tokens: Sequence[Tensor]) -> Tensor:
 
 
 def _grid(points_per_side: int, size: tuple[int, int]) -> Tensor:
-    """Centres of a grid's cells as ``x, y`` in pixels; shape ``(points_per_side ** 2, 2)``."""
+    """Centers of a grid's cells as ``x, y`` in pixels; shape ``(points_per_side ** 2, 2)``."""
     place = (torch.arange(points_per_side) + 0.5) / points_per_side
     y, x = torch.meshgrid(place * size[0], place * size[1], indexing="ij")
     return torch.stack((x.flatten(), y.flatten()), 1)

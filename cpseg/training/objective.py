@@ -22,7 +22,6 @@ from cpseg.training.schedules import Constant, Schedule
 from cpseg.training.students import logits_of
 from cpseg.training.targets import (
     Denominator,
-    MergeMode,
     masked_cross_entropy,
     merge_pseudo_labels,
     multiply_probabilities,
@@ -59,8 +58,8 @@ class Batch:
         weak: Unlabeled images, cropped but not distorted, normalized. float32 ``(U, 3, H, W)``.
         strong: The same crops with their colors distorted, as often as the stage asks.
         external: External labels of the unlabeled crops, 255 where they abstain, int64
-            ``(U, H, W)``; or external probabilities, 0 in all classes where they abstain,
-            float32 ``(U, C, H, W)``.
+            ``(U, H, W)``; or external probabilities, which add up to 1 (not checked here), or 0
+            in all classes where they abstain, float32 ``(U, C, H, W)``.
         valid: Which pixels of the crops lie inside the image. bool ``(U, H, W)``.
     """
 
@@ -106,7 +105,8 @@ class Stage:
         own: What the student's or the teacher's own are: labels, or with no merge or
             ``"multiply"`` the probabilities of all classes. Labels turn every doubt into
             certainty, which the student then learns; probabilities leave it a doubt.
-        threshold: From which confidence an own target is kept.
+        threshold: From which confidence an own target is kept: that of the most likely class, in
+            what is trained on. External labels and probabilities have none.
         labeled_weight: Weight of the labeled loss over the stage's progress.
         unlabeled_weight: Weight of the unlabeled loss over the stage's progress.
         denominator: What the unlabeled loss is divided by.
@@ -271,23 +271,23 @@ class TwoStageObjective:
             )
         if soft and not own:
             return Targets(batch.external, (batch.external > 0).any(1) & batch.valid)
-        mode: MergeMode
-        if own:
-            shares = self._own(stage, labeler, batch)
+        if stage.merge == "multiply" or stage.own == "probabilities":
+            shares = self._shares(stage, labeler, batch)
             confidence, labels = shares.max(1)
-            confidence = torch.where(confidence > 0, confidence, -1.0)
-            if stage.merge is None or stage.merge == "multiply":
-                kept = (confidence >= stage.threshold) & batch.valid
-                return Targets(shares if stage.own == "probabilities" else labels, kept)
-            mode = stage.merge
+            kept = (confidence > 0) & (confidence >= stage.threshold) & batch.valid
+            return Targets(shares if stage.own == "probabilities" else labels, kept)
+        external: Tensor | None = batch.external
+        if own:
+            labels, confidence = labeling(labeler, batch.weak)
+            external = external if stage.merge else None
         else:
-            mode = "replace"
             labels = torch.zeros_like(batch.external)
             confidence = torch.zeros(labels.shape, device=labels.device)
+        mode = stage.merge or "replace"
         labels, confidence = merge_pseudo_labels(
             labels,
             confidence,
-            batch.external,
+            external,
             mode=mode,
             threshold=stage.threshold if mode == "fill" else None,
             ignore_index=self.ignore_index,
@@ -295,22 +295,19 @@ class TwoStageObjective:
         )
         return Targets(labels, (confidence >= stage.threshold) & batch.valid)
 
-    def _own(self, stage: Stage, labeler: nn.Module, batch: Batch) -> Tensor:
+    def _shares(self, stage: Stage, labeler: nn.Module, batch: Batch) -> Tensor:
         """A network's own probabilities, or their product with external ones. ``(U, C, H, W)``.
 
         With class weights a network says each class as many times too often as its weight. From
-        its own probabilities alone it would learn to do so once more, and more with every step:
-        there the weights are divided out. A label is its answer, weights and all. And in a
-        product they stay: two beliefs that both know which classes are rare count that twice,
-        and weights above 1 for rare classes take some of it back.
+        probabilities it would learn to do so once more, and more with every step: there the
+        weights are divided out. A label is its answer, weights and all.
         """
         logits = _own_logits(labeler, batch.weak)
-        if stage.merge == "multiply":
-            return multiply_probabilities(logits, batch.external)
         if stage.own == "probabilities" and self.class_weights is not None:
             weights = torch.tensor(self.class_weights, device=logits.device)
             logits = logits - torch.where(weights > 0, weights, 1).log().view(-1, 1, 1)
-        return multiply_probabilities(logits, torch.ones_like(logits))
+        external = batch.external if stage.merge else torch.ones_like(logits)
+        return multiply_probabilities(logits, external)
 
     def __call__(
         self,
@@ -462,7 +459,7 @@ def _own_logits(network: nn.Module, images: Tensor) -> Tensor:
     network.eval()
     try:
         with torch.no_grad():
-            return logits_of(network(images), (images.shape[2], images.shape[3])).float()
+            return logits_of(network(images), (images.shape[2], images.shape[3])).float().detach()
     finally:
         for module, mode in modes:
             module.training = mode

@@ -119,7 +119,7 @@ def multiply_probabilities(logits: Tensor, external: Tensor) -> Tensor:
             shape.
 
     Returns:
-        Probabilities, 0 in all classes where the annotator abstains or the logits are unusable.
+        Probabilities, 0 in all classes where the annotator abstains or either is unusable.
         float32 at least, same shape.
 
     Raises:
@@ -202,10 +202,9 @@ def masked_cross_entropy(
     kept = (labels > 0).any(1) if soft else (labels != ignore_index) & (labels != pad_index)
     if weight is not None:
         kept = kept & (weight > 0)
+    values = torch.where(kept[:, None], values, 0)  # a gradient of 0, whatever the logits there
     if soft:
-        each = functional.cross_entropy(
-            values, labels.to(values.dtype), weight=class_weights, reduction="none"
-        )
+        each = _soft_cross_entropy(values, labels.to(values.dtype), class_weights)
         total = (each * torch.where(kept, 1 if weight is None else weight, 0)).sum()
     else:
         target = torch.where(kept, labels.long(), ignore_index)
@@ -229,6 +228,14 @@ def masked_cross_entropy(
         count = share(count)
     # A shared count may lie below 1; the smallest that is not 0 is one pixel over all processes.
     return total / torch.where(count > 0, count, 1)
+
+
+def _soft_cross_entropy(logits: Tensor, shares: Tensor, class_weights: Tensor | None) -> Tensor:
+    """Of each pixel; a class without a share may have any logit but NaN and ``+inf``."""
+    each = torch.where(shares > 0, shares * logits.log_softmax(1), 0)
+    if class_weights is not None:
+        each = each * class_weights.view(-1, *(1 for _ in each.shape[2:]))
+    return -each.sum(1)
 
 
 def _check_loss(
