@@ -172,8 +172,10 @@ def check_weight(name: str, value: object) -> float:
 
 
 def check_ignore_index(ignore_index: int, num_classes: int | None) -> None:
-    """The ignored label must not be a class."""
+    """The ignored label must not be a class, and some integer tensor must be able to hold it."""
     check_integer("ignore_index", ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise InputError(f"ignore_index must fit in int64; got {ignore_index}")
     if num_classes is not None and 0 <= ignore_index < num_classes:
         raise InputError(
             f"ignore_index must lie outside the classes [0, {num_classes}); got {ignore_index}"

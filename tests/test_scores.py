@@ -590,6 +590,22 @@ def test_threads_do_not_change_a_bit(case: Case) -> None:
         torch.set_num_threads(threads)
 
 
+@every_score
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_scores_do_not_know_of_the_default_dtype(case: Case, default: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(4)
+    logits, labels = torch.randn(2, 9, 33, generator=g), torch.randint(0, 9, (2, 33), generator=g)
+    plain = case.score(logits), case.score.of_labels(logits, labels)
+    torch.set_default_dtype(default)
+    try:
+        found = case.score(logits), case.score.of_labels(logits, labels)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, two in zip(plain, found, strict=True):
+        assert two.dtype == torch.float32
+        assert torch.equal(one, two)
+
+
 # --- tolerance covers every path -----------------------------------------------------------------
 
 
