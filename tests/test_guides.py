@@ -316,6 +316,11 @@ def test_training(
     logits = {"2": torch.randn(21, 40, 36)}
     found = guide.run("from cpseg.filters", calibration=calibration(21), logits=logits)
     assert found["unlabeled"][0][1].shape == (21, 40, 36)
+    folders = {name: found[name] for name in ("labeled", "unlabeled")}
+    found = guide.run("from cpseg.training import Stage")
+    share = replace(folders["unlabeled"], load_labels=found["shares"])[0][1]
+    assert torch.equal(share > 0, folders["unlabeled"][0][1] > 0)
+    torch.testing.assert_close(share.sum(0), (share > 0).any(0).float())
     found = guide.run("labeled = voc2012")
     assert len(found["labeled"]) == 92
 
@@ -324,13 +329,14 @@ def test_training(
     label[0] = 255
     found = guide.run("shares = torch.bincount", labels=label, num_classes=21)
     assert len(set(found["config"].class_weights)) > 1
-    halves = [
-        [(torch.randn(9, 21, 4, 6), torch.randint(21, (9, 4, 6)))] for _ in ("fit", "calibrate")
-    ]
-    several = torch.randn(2, 21, 5, 7)
-    found = guide.run("from functools", half=halves[0], other_half=halves[1], logits=several)
-    assert found["external"].shape == several.shape
-    assert found["config"].stages[0].strong_views == 1
+    held_out = [(torch.randn(1, 21, 4, 6), torch.randint(21, (1, 4, 6))) for _ in range(18)]
+    found = guide.run("from functools", held_out=held_out, **folders)
+    told = found["unlabeled"][0][1]
+    torch.testing.assert_close(told.sum(0), torch.ones(40, 36))
+    assert not torch.equal(told, logits["2"].softmax(0))
+    assert found["trainer"].config.class_weights == found["config"].class_weights
+    assert found["trainer"].batches.color == found["mild"]
+    found["trainer"].fit()
 
     sizes = transformers.SegformerConfig(
         num_labels=21,
