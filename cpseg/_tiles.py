@@ -24,7 +24,9 @@ __all__ = ["Columns", "CompileWarning", "upcast", "walk", "whole"]
 # Elements of a block, by device: eager ones fill a core's cache (a good share of a small GPU);
 # compiled ones are worth a call. A device that is not listed takes whole images compiled.
 _EAGER = {"cpu": 2**18, "cuda": 2**28}
-_COMPILED = {"cpu": 2**19}
+_COMPILED = {"cpu": 2**21}
+_WORTH_WAKING = 2  # times as many for each thread where several wait for each other
+_THREADS = 4  # more share what these have
 _VIEWED = 4  # times as many where a kernel reads them in place
 _ROWS = 32  # classes up to which a kernel takes each for itself
 
@@ -93,7 +95,7 @@ def walk(
             run = _compiled(columns, classes, logits.dtype, device)
             most = _COMPILED.get(device, classes * size) // classes
         else:
-            run, most = columns, _EAGER.get(device, 2**18) // classes
+            run, most = columns, _eager_elements(device) // classes
         results: list[Tensor] = []
         total = torch.zeros((), dtype=torch.int64, device=logits.device)
         blocks = _blocks(logits, near, most, rows=rows, upcasts=not compiled)
@@ -136,6 +138,12 @@ def whole(
         part.reshape(*part.shape[:-1], batch, *space).movedim(part.ndim - 1, 0) for part in kept
     )
     return (*shaped, made[-1].sum(dtype=torch.int64)) if summed else tuple(shaped)
+
+
+def _eager_elements(device: str) -> int:
+    """How many logits a block has where every operation on it is a call."""
+    threads = min(torch.get_num_threads(), _THREADS) if device == "cpu" else 1
+    return _EAGER.get(device, 2**18) * (threads * _WORTH_WAKING if threads > 1 else 1)
 
 
 def _blocks(
