@@ -24,7 +24,7 @@ __all__ = ["Columns", "CompileWarning", "upcast", "walk", "whole"]
 # Elements of a block, by device: eager ones fill a core's cache (a good share of a small GPU);
 # compiled ones are worth a call. A device that is not listed takes whole images compiled.
 _EAGER = {"cpu": 2**18, "cuda": 2**28}
-_COMPILED = {"cpu": 2**21}
+_COMPILED = {"cpu": 2**19}
 _WORTH_WAKING = 2  # times as many for each thread where several wait for each other
 _THREADS = 4  # more share what these have
 _VIEWED = 4  # times as many where a kernel reads them in place
