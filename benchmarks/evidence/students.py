@@ -299,6 +299,9 @@ ARMS = {
 }
 
 
+BESIDE = ("labels only", "raw", "recalibrated probabilities")  # what others are compared with
+
+
 # --- running --------------------------------------------------------------------------------------
 
 
@@ -535,6 +538,7 @@ def table(results: Path) -> str:
         group = found.setdefault((count, size, held_out, steps), {})
         group.setdefault(arm, {})[seed] = row
     lines: list[str] = []
+    beside = [f"minus {arm}" for arm in BESIDE]
     for (count, size, held_out, steps), arms in sorted(found.items()):
         tested = sorted(
             {
@@ -549,8 +553,8 @@ def table(results: Path) -> str:
                 f"{count} labeled frames, {size}, {int(steps):,} steps, tested on {video}"
                 + (", of which no frame trains" if held_out else ""),
                 "",
-                "| arm | kept | right | seeds | mIoU | sd | minus labels only | minus raw |",
-                "|---|---|---|---|---|---|---|---|",
+                f"| arm | kept | right | seeds | mIoU | sd | {' | '.join(beside)} |",
+                "|---" * (6 + len(BESIDE)) + "|",
             ]
             score = {
                 arm: {s: float(json.loads(row["miou_by_video"])[video]) for s, row in rows.items()}
@@ -562,7 +566,7 @@ def table(results: Path) -> str:
                 cells = [arm, any_row["kept"], right, str(len(values))]
                 cells.append(f"{100 * mean(values.values()):.1f}")
                 cells.append(f"{100 * stdev(values.values()):.1f}" if len(values) > 1 else "")
-                for other in ("labels only", "raw"):
+                for other in BESIDE:
                     pairs = [
                         values[s] - score[other][s] for s in values if s in score.get(other, {})
                     ]
