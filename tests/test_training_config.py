@@ -65,7 +65,7 @@ def test_a_file_trains_reports_and_resumes(tmp_path: Path, run: dict[str, Any]) 
 @pytest.mark.parametrize(
     "change",
     [
-        (None, "labeled", {}, "got 'labeled'. Did you mean 'labeled'?"),
+        (None, "labelled", {}, "got 'labelled'. Did you mean 'labeled'?"),
         ("recipe", "name", "conformalsam", "Did you mean 'conformal_sam'?"),
         ("recipe", "extern_steps", 3, "Did you mean 'external_steps'?"),
         ("recipe", "crop", [16], "recipe.crop must be a list of 2; got [16]"),
