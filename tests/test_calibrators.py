@@ -716,7 +716,10 @@ def test_arguments_of_a_wrong_kind_are_named_in_one_line() -> None:
         (lambda: any_score(source=3), "source must be text or None; got int"),
         (lambda: any_score(ignore_index=2.5), "ignore_index must be an integer; got 2.5"),
         (lambda: any_score(ignore_index=True), "ignore_index must be an integer; got True"),
-        (lambda: any_score(ignore_index=2**63), "ignore_index must fit in int64; got 92233720"),
+        (
+            lambda: any_score(ignore_index=2**63),
+            "ignore_index must fit in int64; got 9223372036854775808",
+        ),
         (lambda: location(8), "shape must hold one size per spatial axis, as (8, 8); got 8"),
         (lambda: location("88"), "shape must hold one size per spatial axis, as (8, 8); got '88'"),
         (lambda: location((8, 2.5)), "shape must be an integer >= 1; got 2.5"),
