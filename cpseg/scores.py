@@ -512,16 +512,21 @@ def _mix_key(h: int) -> int:
 
 def _softmax(parts: Parts) -> tuple[Parts, Tensor]:
     """``exp(x - max)`` and its sum: probabilities are their quotient. NaN where x is unusable."""
+    _, odds, total = _softmax_from(parts)
+    return odds, total
+
+
+def _softmax_from(parts: Parts) -> tuple[Tensor, Parts, Tensor]:
+    """The largest logit, and what :func:`_softmax` gives."""
     most = largest(parts)
     odds = [(part - most).exp_() for part in parts]
-    return odds, summed(odds)
+    return most, odds, summed(odds)
 
 
 def _softmax_at(parts: Parts, labels: Tensor) -> tuple[Tensor, Parts, Tensor]:
     """The label's odds, and those of :func:`_softmax`."""
-    most = largest(parts)
-    odds = [(part - most).exp_() for part in parts]
-    return (at_class(parts, labels) - most).exp_(), odds, summed(odds)
+    most, odds, total = _softmax_from(parts)
+    return (at_class(parts, labels) - most).exp_(), odds, total
 
 
 def _softmax_tolerance(num_classes: int) -> float:

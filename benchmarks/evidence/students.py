@@ -124,13 +124,16 @@ def right_only(labeled: Frames, unlabeled: Frames) -> Tensor:
     return torch.where(found == unlabeled.labels, found, 255)
 
 
+def frame_by_frame(keep: Callable[[Tensor], Tensor], frames: Frames) -> Tensor:
+    return torch.cat([keep(logits[None]) for logits in frames.logits])
+
+
 def kept_by(name: str) -> Labels:
     """What a rule of ``labels.py`` keeps at its usual level."""
 
     def labels(labeled: Frames, unlabeled: Frames) -> Tensor:
         (rule,) = (rule for rule in rules(labeled.classes) if rule.name == name)
-        keep = rule.fit(labeled)(rule.usual)
-        return torch.cat([keep(logits[None]) for logits in unlabeled.logits])
+        return frame_by_frame(rule.fit(labeled)(rule.usual), unlabeled)
 
     return labels
 
@@ -171,8 +174,7 @@ def in_the_set(calibrate: Callable[[Frames], Calibration]) -> Labels:
     """Probabilities of the classes of a set, 0 for all others."""
 
     def labels(labeled: Frames, unlabeled: Frames) -> Tensor:
-        keep = SoftLabels(calibrate(labeled))
-        return torch.cat([keep(logits[None]) for logits in unlabeled.logits])
+        return frame_by_frame(SoftLabels(calibrate(labeled)), unlabeled)
 
     return labels
 
@@ -216,7 +218,8 @@ def then_joint(classes: int, steps: int, crop: tuple[int, int], own: Own = "labe
 def any_of_the_set(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
     """A loss that asks for any class that is left: ``-log`` of their probabilities' sum.
 
-    Its gradient is that of cross-entropy with the student's own probabilities within the set.
+    Its gradient is that of cross-entropy with the student's own probabilities within the set,
+    which here are those of the view without other colors.
     """
     stage = Stage(name="set", steps=steps, source="student", merge="multiply", own="probabilities")
     return strong(TrainConfig(num_classes=classes, stages=(stage,), crop=crop, ema_decay=DECAY))
