@@ -23,10 +23,9 @@ __all__ = ["Columns", "CompileWarning", "upcast", "walk", "whole"]
 
 # Elements of a block, by device: eager ones fill a core's cache (a good share of a small GPU);
 # compiled ones are worth a call. A device that is not listed takes whole images compiled.
-_EAGER = {"cpu": 2**18, "cuda": 2**28}
+_EAGER = {"cpu": 2**19, "cuda": 2**28}
 _COMPILED = {"cpu": 2**19}
-_WORTH_WAKING = 2  # times as many for each thread where several wait for each other
-_THREADS = 4  # more share what these have
+_THREADS = 4  # as many times that, where as many threads wait for each other
 _VIEWED = 4  # times as many where a kernel reads them in place
 _ROWS = 32  # classes up to which a kernel takes each for itself
 
@@ -143,7 +142,7 @@ def whole(
 def _eager_elements(device: str) -> int:
     """How many logits a block has where every operation on it is a call."""
     threads = min(torch.get_num_threads(), _THREADS) if device == "cpu" else 1
-    return _EAGER.get(device, 2**18) * (threads * _WORTH_WAKING if threads > 1 else 1)
+    return _EAGER.get(device, 2**19) * threads
 
 
 def _blocks(

@@ -41,7 +41,7 @@ from cpseg._tiles import Columns, walk
 from cpseg.calibration import Calibration
 from cpseg.errors import InputError
 from cpseg.predictors import check_calibration, limits_of, run
-from cpseg.scores import ColumnScore, label_scores_in_parts, scores_in_parts
+from cpseg.scores import ColumnScore, label_scores_in_parts, odds_to, scores_in_parts
 
 __all__ = [
     "AreaGuard",
@@ -643,7 +643,7 @@ class _Soften:
         # The best member may lie far below the most likely class.
         best = largest([torch.where(member, part, -torch.inf) for part, member in pairs])
         usable &= best.isfinite()
-        odds = [torch.where(member & usable, (part - best).exp(), 0) for part, member in pairs]
+        odds = [torch.where(member & usable, odds_to(best, part), 0) for part, member in pairs]
         total = summed(odds)
         return (joined([torch.where(total > 0, part / total, 0) for part in odds]),)
 
