@@ -384,19 +384,15 @@ class Evidence:
             return
         self._count(pixels)
         share = _share(pixels) if self.by_unit else torch.ones_like(pixels)
-        held_rows = self.store.rows
         # One more row, for pixels that do not count.
         share = torch.cat((share, torch.zeros_like(share[:, :1])), 1)
-        entry = torch.arange(batch, device=cells.device, dtype=torch.int32)[:, None]
-        for part in cuts(batch, size, cells.device):
-            cell = cells[:, part]
+        for images, part in cuts(batch, size, cells.device):
+            cell = cells[images, part].long()
             if rows is None:
-                self.store.add(cell, share[:, :1].expand(cell.shape))
+                self.store.add(cell, share[images, :1].expand(cell.shape))
                 continue
-            row = rows[:, part]
-            where = row.clamp(max=held_rows) + entry * (held_rows + 1)
-            mass = share.view(-1).index_select(0, where.reshape(-1)).view(where.shape)
-            self.store.add(self._keys(cell, row), mass)
+            row = rows[images, part].clamp(max=self.store.rows).long()
+            self.store.add(self._keys(cell, row), share[images].gather(1, row))
 
     def _keys(self, cells: Tensor, rows: Tensor | None) -> Tensor:
         """Where in the store each pixel's mass goes; the last place is for what does not count."""
@@ -473,10 +469,12 @@ def _split(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     return tuple(torch.split_with_sizes(values, list(sizes)))
 
 
-def cuts(batch: int, size: int, device: torch.device) -> list[slice]:
-    """Parts of ``size`` pixels of ``batch`` images that fit a core's cache."""
-    step = max(_PART_PIXELS.get(device.type, 2**24) // max(batch, 1), 1)
-    return [slice(start, start + step) for start in range(0, size, step)]
+def cuts(batch: int, size: int, device: torch.device) -> list[tuple[slice, slice]]:
+    """Images and pixels that fit a core's cache and lie next to each other: some whole or one's."""
+    step = _PART_PIXELS.get(device.type, 2**24)
+    images = max(step // max(size, 1), 1)
+    firsts, starts = range(0, batch, images), range(0, size, step)
+    return [(slice(b, b + images), slice(i, i + step)) for b in firsts for i in starts]
 
 
 _PART_PIXELS = {"cpu": 2**15}
@@ -485,13 +483,12 @@ _PART_PIXELS = {"cpu": 2**15}
 def occurrences(values: Tensor, count: int) -> Tensor:
     """How often each entry has each of ``count`` values. ``(B, N)`` to int64 ``(B, count)``."""
     batch, size = values.shape
-    found = torch.zeros(batch * count, dtype=torch.int64, device=values.device)
-    entry = torch.arange(0, batch * count, count, dtype=torch.int32, device=values.device)[:, None]
-    one = torch.ones(1, dtype=torch.int64, device=values.device)
-    for part in cuts(batch, size, values.device):
-        index = (values[:, part] + entry).reshape(-1)
-        found.index_add_(0, index, one.expand(len(index)))
-    return found.view(batch, count)
+    found = torch.zeros((batch, count), dtype=torch.int64, device=values.device)
+    one = torch.ones((), dtype=torch.int64, device=values.device)
+    for images, part in cuts(batch, size, values.device):
+        index = values[images, part].long()
+        found[images].scatter_add_(1, index, one.expand(index.shape))
+    return found
 
 
 def _share(pixels: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ UNLISTED = {
     "cpseg.quantile": {"UNIT_MASS", "budget", "mass_above"},
     "cpseg.scores": {
         *("all_scores", "label_scores", "label_scores_in_parts", "score_columns"),
-        *("scores_in_parts", "uniform"),
+        *("odds_to", "scores_in_parts", "uniform"),
     },
     "cpseg.sets": {"pack"},
 }

@@ -45,7 +45,7 @@ from scipy.stats import t as student_t
 from torch import Tensor, nn
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
-from cpseg import Calibration, ClassConditionalCalibrator
+from cpseg import Argmax, Calibration, ClassConditionalCalibrator
 from cpseg.annotators import SyntheticAnnotator
 from cpseg.data import ColorJitter, SyntheticShapes
 from cpseg.filters import SoftLabels
@@ -164,6 +164,26 @@ def recalibrated_alone(labeled: Frames, unlabeled: Frames) -> Tensor:
     return score.logits(unlabeled.logits).softmax(1)
 
 
+def recalibrated_labels(labeled: Frames, unlabeled: Frames) -> Tensor:
+    return recalibrated_alone(labeled, unlabeled).argmax(1)
+
+
+def probabilities(labeled: Frames, unlabeled: Frames) -> Tensor:
+    """The annotator's, as they are."""
+    del labeled
+    return unlabeled.logits.softmax(1)
+
+
+def levels_by_class(labeled: Frames, unlabeled: Frames) -> Tensor:
+    """The argmax in the set, where a frequent class is left out more readily than a rare one."""
+    classes = len(labeled.classes)
+    valid = labeled.labels[labeled.labels < classes]
+    shares = torch.bincount(valid, minlength=classes) / len(valid)
+    alphas = (ALPHA * (shares * classes).sqrt()).clamp(0.01, 0.5).tolist()
+    calibrator = ClassConditionalCalibrator(classes).update(labeled.logits, labeled.labels)
+    return frame_by_frame(Argmax(calibrator.compute(alphas, "pooled")), unlabeled)
+
+
 def the_set(labeled: Frames, unlabeled: Frames) -> Tensor:
     """One share for each class of the set, 0 for all others."""
     shares = in_the_set(by_class)(labeled, unlabeled)
@@ -192,8 +212,10 @@ def external(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
     return strong(conformal_sam(classes, external_steps=steps, self_steps=0, crop=crop))
 
 
-def then_self(classes: int, steps: int, crop: tuple[int, int], own: Own = "labels") -> TrainConfig:
-    last = steps // 4
+def then_self(
+    classes: int, steps: int, crop: tuple[int, int], own: Own = "labels", share: int = 4
+) -> TrainConfig:
+    last = steps // share
     return strong(
         conformal_sam(
             classes,
@@ -213,6 +235,13 @@ def then_joint(classes: int, steps: int, crop: tuple[int, int], own: Own = "labe
     return strong(
         TrainConfig(num_classes=classes, stages=(*first, second), crop=crop, ema_decay=DECAY)
     )
+
+
+def over_all_pixels(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
+    """The fewer labels are kept, the less the unlabeled frames count."""
+    config = external(classes, steps, crop)
+    stages = tuple(replace(stage, denominator="valid") for stage in config.stages)
+    return replace(config, stages=stages)
 
 
 def any_of_the_set(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
@@ -299,6 +328,14 @@ ARMS = {
     "argmax in the set, by location": Arm(kept_by("location: Argmax"), external),
     "argmax in the set, clustered": Arm(kept_by("clusters: Argmax"), external),
     "controlled error per class": Arm(kept_by("controlled error per class"), external),
+    "probabilities": Arm(probabilities, external),
+    "recalibrated labels": Arm(recalibrated_labels, external),
+    "equal shares of the set, by class": Arm(the_set, external),
+    "argmax in the set, levels by class": Arm(levels_by_class, external),
+    "singletons, by class, over all pixels": Arm(kept_by("class: Singleton"), over_all_pixels),
+    "recalibrated probabilities, then self-reliance for half": Arm(
+        recalibrated_alone, partial(then_self, own="probabilities", share=2)
+    ),
 }
 
 
