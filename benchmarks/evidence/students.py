@@ -164,6 +164,13 @@ def recalibrated_alone(labeled: Frames, unlabeled: Frames) -> Tensor:
     return score.logits(unlabeled.logits).softmax(1)
 
 
+def recalibrated_on_all(labeled: Frames, unlabeled: Frames) -> Tensor:
+    """As :func:`recalibrated_alone`, from all labeled frames: thresholds, which need others, are none."""
+    make = partial(ClassConditionalCalibrator, len(labeled.classes))
+    score = recalibrate(make, [(labeled.logits, labeled.labels)], []).score
+    return cast("Recalibrated", score).logits(unlabeled.logits).softmax(1)
+
+
 def recalibrated_labels(labeled: Frames, unlabeled: Frames) -> Tensor:
     return recalibrated_alone(labeled, unlabeled).argmax(1)
 
@@ -329,6 +336,7 @@ ARMS = {
     "argmax in the set, clustered": Arm(kept_by("clusters: Argmax"), external),
     "controlled error per class": Arm(kept_by("controlled error per class"), external),
     "probabilities": Arm(probabilities, external),
+    "recalibrated probabilities, from all labeled frames": Arm(recalibrated_on_all, external),
     "recalibrated labels": Arm(recalibrated_labels, external),
     "equal shares of the set, by class": Arm(the_set, external),
     "argmax in the set, levels by class": Arm(levels_by_class, external),
