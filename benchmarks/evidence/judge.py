@@ -187,7 +187,6 @@ class Way:
     unit: str
     fallback: str
     score: str
-    every: int = 1  # on every so many splits
 
     @property
     def told(self) -> dict[str, object]:

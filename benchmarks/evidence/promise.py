@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 UNLIKELY = 1e-4  # what chance may explain, for each number that is judged
 
 
-# Group, unit, fallback; every so many splits. What is not listed is run on every tenth.
-MAIN_WAYS = {
-    ("none", "image", "none"): 1,
-    ("none", "pixel", "none"): 1,
-    ("class", "image", "none"): 4,
-    ("class", "image", "pooled"): 4,
-    ("class", "pixel", "none"): 4,
-}
+# Group, unit, fallback.
+MAIN_WAYS = (
+    ("none", "image", "none"),
+    ("none", "pixel", "none"),
+    ("class", "image", "none"),
+    ("class", "image", "pooled"),
+    ("class", "pixel", "none"),
+)
 LAC_WAYS = (
     *MAIN_WAYS,
     ("class", "image", "interpolated"),
@@ -66,7 +66,7 @@ VIDEO_WAYS = (
 
 
 def ways(listed: tuple[tuple[str, str, str], ...], score: str) -> list[Way]:
-    return [Way(*names, score, MAIN_WAYS.get(names, 10)) for names in listed]
+    return [Way(*names, score) for names in listed]
 
 
 class Tally:
@@ -136,9 +136,7 @@ def at_random(
     """Splits by image, where all that is promised must hold."""
     for way in listed:
         found: dict[tuple[int, float], list[tuple[cpseg.Calibration, list[int]]]] = {}
-        for n, number, drawn, rest in splits(bench.frames, count, budgets, seed):
-            if number % way.every:
-                continue
+        for n, _, drawn, rest in splits(bench.frames, count, budgets, seed):
             for alpha, made in bench.calibrations(way, drawn):
                 if made is not None:
                     found.setdefault((n, alpha), []).append((made, rest))
