@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cpseg import _checks
+from cpseg import _checks, accumulate
 from cpseg.errors import InputError
 from cpseg.quantile import UNIT_MASS
 from cpseg.risk.losses import Batch, Losses
@@ -36,9 +36,8 @@ def flattened(x: Tensor) -> Tensor:
 
 
 def occurrences(index: Tensor, valid: Tensor, size: int) -> Tensor:
-    """How often each of ``0 .. size - 1`` occurs in each row. int64 ``(B, size)``."""
-    counts = torch.zeros((len(index), size), dtype=torch.int64, device=index.device)
-    return counts.scatter_add_(1, index * valid, valid.long())
+    """How often each of ``0 .. size - 1`` occurs in each row where valid. int64 ``(B, size)``."""
+    return accumulate.occurrences(torch.where(valid, index, size), size + 1)[:, :size]
 
 
 def missed_shares(counts: Tensor) -> Losses:
