@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
-from cpseg._classes import Parts, at_class, num_classes
+from cpseg._pixels import FAULTS, NUM_CODES, Pixels
 from cpseg.accumulate import (
     Evidence,
     Exact,
@@ -30,7 +30,7 @@ from cpseg.calibration import Calibration, call_of, describe_score, score_from_d
 from cpseg.errors import CpsegError, InputError, StateError
 from cpseg.protocols import Score
 from cpseg.quantile import MAX_UNITS, UNIT_MASS, Level, budget, level
-from cpseg.scores import ColumnScore, label_scores_in_parts, score_columns
+from cpseg.scores import score_columns
 
 Unit = Literal["image", "pixel"]
 Store = Literal["histogram", "exact"]
@@ -174,7 +174,7 @@ class AnyCalibrator:
         with torch.inference_mode(mode=False), torch.no_grad():
             scales = self._scales(classes)
             cells, *pooled_cells, places, mark = score_columns(
-                lambda score: _Scored(score, scales, self.ignore_index),
+                lambda score: Pixels(score, scales, self.ignore_index),
                 self.score,
                 logits,
                 (labels,),
@@ -187,7 +187,7 @@ class AnyCalibrator:
             self._open.update(ids or ())
             home = own.num_units.device  # where the first batch was, or the state loaded
             cells, places = (part.to(home).reshape(batch, -1) for part in (cells, places))
-            pixels = occurrences(places, classes + len(_CODES))
+            pixels = occurrences(places, classes + NUM_CODES)
             self._note(pixels, places.shape[1], mark.to(home))
             if own is not pooled or "group" in self.axes:
                 placed, counted = self._rows(rows.to(home), places, pixels, (batch, *space))
@@ -208,7 +208,7 @@ class AnyCalibrator:
             mark: Of all pixels that count, added up. ``()``.
         """
         classes = len(self._max_share)
-        self._faults[: len(_CODES) - 1] += pixels[:, classes + 1 :].sum(0)
+        self._faults[: len(FAULTS)] += pixels[:, classes + 1 :].sum(0)
         # Of all its pixels, void ones too: a nearly void image must not make a share of 1 plausible.
         share = pixels[:, :classes].double() / size
         self._max_share = self._max_share.maximum(share.amax(0))
@@ -636,12 +636,7 @@ class AnyCalibrator:
 
 _STATE_VERSION = 1
 _PARTS = ("own", "pooled")
-_FAULTS = (
-    "whose label is neither a class nor ignore_index",
-    "whose logits have no finite maximum, or a NaN",
-    "whose score lies outside the range it declares",
-    "whose group is out of range",
-)
+_FAULTS = (*FAULTS, "whose group is out of range")
 
 
 def check_origin(name: str, fitted_on: Origin, calibrator: AnyCalibrator) -> None:
@@ -658,50 +653,6 @@ def check_origin(name: str, fitted_on: Origin, calibrator: AnyCalibrator) -> Non
         raise InputError(
             f"{name} must be fitted on a split of {whose} own; got what was fitted on this very data"
         )
-
-
-# In place of a class, from C on: no label, one that is no class, logits that give no score, a score
-# outside the range it declares.
-_CODES = range(4)
-
-
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    """The cells of each label's score, its class or code, and a hash of what it came from.
-
-    Where there is a code, the cell is the one past the last, and the hash 0.
-    """
-
-    score: ColumnScore
-    scales: tuple[HistogramScale | ExactScale, ...]
-    ignore_index: int
-
-    def __call__(self, x: Parts, position: Tensor, /, *beside: Tensor) -> tuple[Tensor, ...]:
-        labels = beside[0].long()
-        classes = num_classes(x)
-        clean = labels.clamp(0, classes - 1)
-        known = clean == labels
-        scores = upward(label_scores_in_parts(self.score, x, position, clean))
-        usable = known & (scores == scores)  # noqa: PLR0124 - NaN, vectorized
-        counts = known & self.scales[0].fits(scores)
-        # The code is how many tests are passed: some label, a class, a score.
-        code = (labels != self.ignore_index).int() + known.int() + usable.int()
-        cells = [torch.where(counts, s.cells(scores), s.num_cells) for s in self.scales]
-        place = torch.where(counts, clean.int(), code + classes)
-        small = classes + len(_CODES) <= 256
-        mark = data_mark(clean, at_class(x, clean)) * counts.int()
-        return *cells, place.to(torch.uint8 if small else torch.int32), mark
-
-
-def data_mark(labels: Tensor, logits: Tensor) -> Tensor:
-    """A hash of each pixel's label and of that class's logit, whatever the score. int32.
-
-    Not narrower: a kernel that holds anything of int16 is not vectorized.
-    """
-    mark = (labels.int() * 0x5BD1E995) ^ logits.float().view(torch.int32)
-    mark = mark * 0x2C1B3C6D
-    mark = (mark ^ (mark >> 15)) * 0x297A2D39
-    return mark ^ (mark >> 15)
 
 
 def _check_state(state: Mapping[str, object]) -> None:

@@ -26,7 +26,7 @@ LEVELS = [
     {"_checks", "_tiles"},
     {"quantile", "bounds", "scores", "sets", "morphology", "merging"},
     {"accumulate", "fitted"},
-    {"calibration"},
+    {"calibration", "_pixels"},
     {"_calibrator", "standing"},
     {"calibrators", "margins", "metrics"},
     {"tuning"},

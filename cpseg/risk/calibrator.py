@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
-from cpseg._calibrator import data_mark
+from cpseg._pixels import data_mark
 from cpseg.accumulate import upward
 from cpseg.bounds import (
     PValue,
