@@ -151,7 +151,14 @@ class Histogram:
         self.scale: HistogramScale = HistogramScale(low, high)
         self.rows: int = rows
         self.num_cells: int = self.scale.num_cells
-        self.mass: Tensor = torch.zeros(rows * self.num_cells + 1, dtype=torch.int64, device=device)
+        self._lanes: int = _lanes(torch.device(device))
+        room = rows * self.num_cells + 1 + (rows + 1) * (self._lanes - 1)
+        self._held = torch.zeros(room, dtype=torch.int64, device=device)
+
+    @property
+    def mass(self) -> Tensor:
+        """What every cell of every row holds, and what was thrown away. int64 ``(R * cells + 1,)``."""
+        return self._held[: self.rows * self.num_cells + 1]
 
     def cells(self, scores: Tensor) -> Tensor:
         """The cell of each float32 score; a larger score never has a smaller cell. int64."""
@@ -177,8 +184,25 @@ class Histogram:
 
     def add(self, keys: Tensor, mass: Tensor) -> None:
         """Add mass at ``keys = row * num_cells + cell``; the key past the last is thrown away."""
+        keys = self._spread(keys.reshape(-1).long())
         # Not index_add_, which takes half as long again where rows do not fit a cache.
-        self.mass.scatter_add_(0, keys.reshape(-1).long(), mass.reshape(-1))
+        self._held.scatter_add_(0, keys, mass.reshape(-1))
+        if self._lanes > 1:
+            kept = self.mass
+            lanes = self._held[len(kept) :].view(self.rows + 1, self._lanes - 1)
+            kept[:: self.num_cells] += lanes.sum(1)
+            lanes.zero_()
+
+    def _spread(self, keys: Tensor) -> Tensor:
+        """The same places, but for a row's first cell, where saturated logits score, and the last.
+
+        Each of those is many places, lanes, where many threads would wait for each other at one.
+        """
+        if self._lanes == 1:
+            return keys
+        lane = torch.arange(len(keys), device=keys.device) % self._lanes
+        beside = len(self.mass) + keys // self.num_cells * (self._lanes - 1) + lane - 1
+        return torch.where((keys % self.num_cells == 0) & (lane > 0), beside, keys)
 
     def thresholds(self, budgets: Tensor) -> Tensor:
         """Per row, the smallest cell's edge with at most ``budgets`` above it. float32 ``(R,)``.
@@ -483,12 +507,24 @@ _PART_PIXELS = {"cpu": 2**15}
 def occurrences(values: Tensor, count: int) -> Tensor:
     """How often each entry has each of ``count`` values. ``(B, N)`` to int64 ``(B, count)``."""
     batch, size = values.shape
-    found = torch.zeros((batch, count), dtype=torch.int64, device=values.device)
+    lanes = _lanes(values.device)
+    found = torch.zeros((batch, count * lanes), dtype=torch.int64, device=values.device)
     one = torch.ones((), dtype=torch.int64, device=values.device)
     for images, part in cuts(batch, size, values.device):
         index = values[images, part].long()
+        if lanes > 1:
+            lane = torch.arange(index.shape[1], device=index.device) % lanes
+            index = index * lanes + lane
         found[images].scatter_add_(1, index, one.expand(index.shape))
-    return found
+    return found.view(batch, count, lanes).sum(2)
+
+
+def _lanes(device: torch.device) -> int:
+    """How many places a cell that most pixels share is, where many threads add at once."""
+    return _LANES.get(device.type, 1)
+
+
+_LANES = {"cuda": 32}  # as many as threads that go in step
 
 
 def _share(pixels: Tensor) -> Tensor:

@@ -170,13 +170,49 @@ def test_a_unit_of_more_pixels_than_float32_counts_is_counted() -> None:
 @given(
     values=st.lists(st.lists(st.integers(0, 6), min_size=5, max_size=5), min_size=1, max_size=4),
     part=st.integers(1, 30),
+    lanes=st.integers(1, 3),
 )
-def test_occurrences_are_those_of_each_entry(values: list[list[int]], part: int) -> None:
+def test_occurrences_are_those_of_each_entry(
+    values: list[list[int]], part: int, lanes: int
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accumulate, "_PART_PIXELS", {"cpu": part})
+        patch.setattr(accumulate, "_LANES", {"cpu": lanes})
         for dtype in (torch.uint8, torch.int32, torch.int64):
             found = occurrences(torch.tensor(values, dtype=dtype), 7)
             assert found.tolist() == [[row.count(value) for value in range(7)] for row in values]
+
+
+@given(
+    rows=st.integers(1, 3),
+    entries=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 2**40)), max_size=40),
+    lanes=st.integers(2, 4),
+)
+def test_lanes_change_no_mass(rows: int, entries: list[tuple[int, int]], lanes: int) -> None:
+    def filled() -> Histogram:
+        histogram = Histogram(rows, 0.0, 1.0)
+        last = rows * histogram.num_cells
+        keys = [min(place // 3 * histogram.num_cells + place % 3, last) for place, _ in entries]
+        mass = torch.tensor([mass for _, mass in entries], dtype=torch.int64)
+        for half in (slice(None, 15), slice(15, None)):
+            histogram.add(torch.tensor(keys, dtype=torch.int64)[half], mass[half])
+        return histogram
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accumulate, "_LANES", {"cpu": lanes})
+        spread = filled()
+    assert torch.equal(spread.mass, filled().mass)
+
+
+def test_what_most_pixels_share_is_many_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accumulate, "_LANES", {"cpu": 32})
+    histogram = Histogram(2, 0.0, 1.0)
+    size = histogram.num_cells
+    for shared in (0, size, 2 * size):  # of each row, and what is thrown away
+        places = histogram._spread(torch.full((320,), shared)).tolist()
+        assert [places.count(place) for place in set(places)] == [10] * 32
+    keys = torch.tensor([1, size - 1, size + 1])
+    assert torch.equal(histogram._spread(keys), keys)
 
 
 def test_pixels_that_do_not_count_are_in_no_row() -> None:
