@@ -215,11 +215,13 @@ def test_what_most_pixels_share_is_many_places(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(histogram._spread(keys), keys)
 
 
-def test_pixels_that_do_not_count_are_in_no_row() -> None:
+@pytest.mark.parametrize("marked", [True, False], ids=["cell too", "row alone"])
+def test_pixels_that_do_not_count_are_in_no_row(*, marked: bool) -> None:
     for store in (Exact(2), Histogram(2, 0.0, 1.0)):
         evidence = Evidence(store, by_unit=True, device="cpu")
         cells = store.cells(torch.tensor([[0.5, 0.25, 0.5, 0.75]]))
-        cells[0, 3] = store.num_cells
+        if marked:
+            cells[0, 3] = store.num_cells
         rows = torch.tensor([[0, 1, 0, 5]], dtype=torch.uint8)
         evidence.add(cells, rows, torch.tensor([[2, 1]]), unit_ids=None)
         evidence.add(cells, rows, torch.tensor([[2, 1]]), unit_ids=[7])
