@@ -341,6 +341,7 @@ ARMS = {
     "equal shares of the set, by class": Arm(the_set, external),
     "argmax in the set, levels by class": Arm(levels_by_class, external),
     "singletons, by class, over all pixels": Arm(kept_by("class: Singleton"), over_all_pixels),
+    "recalibrated probabilities, then joint labels": Arm(recalibrated_alone, then_joint),
     "recalibrated probabilities, then self-reliance for half": Arm(
         recalibrated_alone, partial(then_self, own="probabilities", share=2)
     ),
