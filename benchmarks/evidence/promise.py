@@ -245,9 +245,10 @@ def pixels(frames: Frames, drawn: list[int]) -> tuple[Tensor, Tensor]:
 
 def of_torchcp(frames: Frames) -> Iterator[Peer]:
     """With the stand-ins that the benchmark of speed has for what it imports and does not use."""
-    sys.path.append(str(Path(__file__).parents[1]))
-    if import_module("speed").loaded() is None:
+    if find_spec("torchcp") is None:
         return
+    sys.path.append(str(Path(__file__).parents[1]))
+    import_module("speed").stand_in()
     package = import_module("torchcp.classification")
     for name in SCORES:
         score = getattr(package.score, name)(**({"randomized": False} if name == "APS" else {}))
