@@ -1,10 +1,12 @@
 """The scripts of benchmarks/evidence/ run on frames made on the fly, and count what they say."""
 
 import csv
+import sys
 from collections.abc import Callable
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -47,6 +49,36 @@ def test_a_new_video_breaks_what_holds_at_random(
     assert hard
     assert all(float(row["mean of images"]) < 0.85 for row in hard)
     assert all(row["commit"] for row in hard)
+
+
+def test_torchcp_gets_labeled_pixels_as_rows(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Predictor:
+        def __init__(self, score: object, temperature: float) -> None:
+            del score, temperature
+
+        def calculate_threshold(
+            self, logits: torch.Tensor, labels: torch.Tensor, alpha: float
+        ) -> None:
+            assert logits.shape == (len(labels), 4)
+            assert labels.max() < 4
+            self.q_hat = torch.tensor(alpha)
+
+    package, api = ModuleType("torchcp"), ModuleType("torchcp.classification")
+    package.__spec__ = ModuleSpec("torchcp", None)
+    api.score = SimpleNamespace(LAC=object, APS=lambda *, randomized: randomized)  # type: ignore[attr-defined]
+    api.predictor = SimpleNamespace(  # type: ignore[attr-defined]
+        SplitPredictor=Predictor, ClassConditionalPredictor=Predictor
+    )
+    for module in (package, api):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.syspath_prepend(EVIDENCE.parent)
+    monkeypatch.setattr(script("speed"), "UNUSED", {})  # no stand-ins for what it would import
+    frames = script("miniature").miniature()
+    peers = list(script("promise").of_torchcp(frames))
+    assert len(peers) == 4
+    assert [peer.thresholds(0.5, [0, 3]).tolist() for peer in peers] == [[0.5]] * 4
 
 
 def test_tools_for_shifts_meet_a_new_video(
