@@ -21,11 +21,11 @@ from cpseg._classes import Parts
 
 __all__ = ["Columns", "CompileWarning", "upcast", "walk", "whole"]
 
-# Elements of a block, by device: eager ones fill a core's cache (a good share of a small GPU);
-# compiled ones are worth a call. A device that is not listed takes whole images compiled.
+# Elements of a block, by device: eager ones fill a core's cache (a good share of a small GPU) and
+# are worth no more where threads share them; compiled ones are worth a call. A device that is not
+# listed takes whole images compiled.
 _EAGER = {"cpu": 2**19, "cuda": 2**28}
 _COMPILED = {"cpu": 2**19}
-_THREADS = 4  # as many times that, where as many threads wait for each other
 _VIEWED = 4  # times as many where a kernel reads them in place
 _ROWS = 32  # classes up to which a kernel takes each for itself
 
@@ -94,7 +94,7 @@ def walk(
             run = _compiled(columns, classes, logits.dtype, device)
             most = _COMPILED.get(device, classes * size) // classes
         else:
-            run, most = columns, _eager_elements(device) // classes
+            run, most = columns, _EAGER.get(device, 2**19) // classes
         results: list[Tensor] = []
         total = torch.zeros((), dtype=torch.int64, device=logits.device)
         blocks = _blocks(logits, near, most, rows=rows, upcasts=not compiled)
@@ -137,12 +137,6 @@ def whole(
         part.reshape(*part.shape[:-1], batch, *space).movedim(part.ndim - 1, 0) for part in kept
     )
     return (*shaped, made[-1].sum(dtype=torch.int64)) if summed else tuple(shaped)
-
-
-def _eager_elements(device: str) -> int:
-    """How many logits a block has where every operation on it is a call."""
-    threads = min(torch.get_num_threads(), _THREADS) if device == "cpu" else 1
-    return _EAGER.get(device, 2**19) * threads
 
 
 def _blocks(
