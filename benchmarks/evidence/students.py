@@ -9,7 +9,7 @@ goes on where it stopped, and several processes may work on one file.
     python benchmarks/evidence/students.py --data PATH [--arms NAME ...] [--counts 46 ...]
         [--seeds 0 1 2 3 4] [--steps 1500] [--hold-out VIDEO] [--whole] [--minutes 50]
         [--jobs 2]
-    python benchmarks/evidence/students.py --table
+    python benchmarks/evidence/students.py --table    # also beside the results, for the docs
     python benchmarks/evidence/students.py --quick
 
 With ``--hold-out`` no frame of that video trains or calibrates, labeled or not, and its frames
@@ -683,7 +683,9 @@ def main(words: list[str]) -> None:
             print(quick(ARMS, 30, (0, 1), Path(folder)))
         return
     if given.table:
-        print(table(given.results))
+        page = table(given.results)
+        print(page)
+        given.results.with_suffix(".md").write_text(page, encoding="utf-8")
         return
     if given.data is None:
         parser.error("--data must name the folder of frames, unless --quick or --table is given")
