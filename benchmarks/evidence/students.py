@@ -90,10 +90,15 @@ class Student(nn.Module):
         return pixel_shuffle(self.net(pixel_unshuffle(whole, SQUARE)), SQUARE)[..., :height, :width]
 
 
+def class_shares(labels: Tensor, classes: int) -> Tensor:
+    """Each class's share of the labeled pixels. float64 ``(C,)``."""
+    counts = torch.bincount(labels[labels < classes], minlength=classes).double()
+    return counts / counts.sum()
+
+
 def class_weights(labels: Tensor, classes: int) -> tuple[float, ...]:
     """One over the root of each class's share of the labeled pixels; 1 on average over those."""
-    shares = torch.bincount(labels[labels < classes], minlength=classes).double()
-    shares /= shares.sum()
+    shares = class_shares(labels, classes)
     weights = shares.clamp(min=1e-4).rsqrt()
     return tuple((weights / (weights * shares).sum()).tolist())
 
@@ -138,9 +143,9 @@ def kept_by(name: str) -> Labels:
     return labels
 
 
-def by_class(labeled: Frames) -> Calibration:
+def by_class(labeled: Frames, alpha: float | list[float] = ALPHA) -> Calibration:
     calibrator = ClassConditionalCalibrator(len(labeled.classes))
-    return calibrator.update(labeled.logits, labeled.labels).compute(ALPHA, "pooled")
+    return calibrator.update(labeled.logits, labeled.labels).compute(alpha, "pooled")
 
 
 def recalibrated(labeled: Frames) -> Calibration:
@@ -183,12 +188,9 @@ def probabilities(labeled: Frames, unlabeled: Frames) -> Tensor:
 
 def levels_by_class(labeled: Frames, unlabeled: Frames) -> Tensor:
     """The argmax in the set, where a frequent class is left out more readily than a rare one."""
-    classes = len(labeled.classes)
-    valid = labeled.labels[labeled.labels < classes]
-    shares = torch.bincount(valid, minlength=classes) / len(valid)
-    alphas = (ALPHA * (shares * classes).sqrt()).clamp(0.01, 0.5).tolist()
-    calibrator = ClassConditionalCalibrator(classes).update(labeled.logits, labeled.labels)
-    return frame_by_frame(Argmax(calibrator.compute(alphas, "pooled")), unlabeled)
+    shares = class_shares(labeled.labels, len(labeled.classes))
+    alphas = (ALPHA * (shares * len(shares)).sqrt()).clamp(0.01, 0.5).tolist()
+    return frame_by_frame(Argmax(by_class(labeled, alphas)), unlabeled)
 
 
 def the_set(labeled: Frames, unlabeled: Frames) -> Tensor:
