@@ -59,7 +59,7 @@ def test_a_row_is_never_run_again(students: Any, tmp_path: Path) -> None:
 def test_a_run_that_was_cut_ends_as_one_that_was_not(students: Any, tmp_path: Path) -> None:
     frames, val = students.shapes(20, 2, "train0"), students.shapes(4, 3, "valid0")
     split = students.split_of(frames, val, list(range(12)), "")
-    task = students.Task("raw", 12, 0, "", 5)
+    task = students.Task("raw", 12, 0, "", 5, "fp32")
     whole, _ = students.train(task, split, tmp_path / "whole", float("inf"))
     parts = [students.train(task, split, tmp_path / "cut", 0.0) for _ in range(5)]
     assert parts[:4] == [None] * 4  # a step each
@@ -124,7 +124,7 @@ def test_a_rows_miou_leaves_the_held_out_video_to_its_own_column(students: Any) 
         torch.cat((old.labels, old.labels, new.labels)),
     )
     split = students.split_of(both, some("valid0", 0, 0), [0], "train1")
-    task = students.Task("raw", 1, 0, "train1", 5)
+    task = students.Task("raw", 1, 0, "train1", 5, "fp32")
     row = students.row_of(task, split, Sure(), torch.zeros(1, 4, 4, dtype=torch.int64))
     assert row["miou"] == "1.0000"
     assert json.loads(row["miou_by_video"]) == {"train1": 0.0, "valid0": 1.0}

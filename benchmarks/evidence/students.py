@@ -8,7 +8,7 @@ goes on where it stopped, and several processes may work on one file.
 
     python benchmarks/evidence/students.py --data PATH [--arms NAME ...] [--counts 46 ...]
         [--seeds 0 1 2 3 4] [--steps 1500] [--hold-out VIDEO] [--whole] [--minutes 50]
-        [--jobs 2]
+        [--precision fp32] [--jobs 2]
     python benchmarks/evidence/students.py --table    # also beside the results, for the docs
     python benchmarks/evidence/students.py --quick
 
@@ -35,7 +35,7 @@ from pathlib import Path
 from shutil import rmtree, which
 from statistics import mean, stdev
 from tempfile import TemporaryDirectory
-from typing import cast
+from typing import Literal, cast, get_args
 
 import frames
 import torch
@@ -60,10 +60,11 @@ RESULTS = HERE / "results" / "students.csv"
 WORK = HERE.parent.parent / "build" / "evidence-students"  # of runs that are not done
 COLUMNS = (
     *("arm", "count", "seed", "size", "held_out", "steps", "commit", "miou"),
-    *("kept", "right", "miou_by_video", "iou_by_class"),
+    *("kept", "right", "miou_by_video", "iou_by_class", "precision"),
 )
 KEYS = COLUMNS.index("commit")  # what comes before tells runs apart
 Key = tuple[str, ...]
+Precision = Literal["fp32", "bf16"]  # bfloat16 is slow where the processor does not have it
 
 # The same for all arms. STEPS are the optimizer's, whatever a step sees.
 STEPS = 1500
@@ -365,6 +366,7 @@ class Task:
     seed: int
     held_out: str
     steps: int
+    precision: Precision
 
     def key(self, size: str) -> Key:
         return (self.arm, str(self.count), str(self.seed), size, self.held_out, str(self.steps))
@@ -397,7 +399,7 @@ def config_of(task: Task, split: Split) -> TrainConfig:
         class_weights=class_weights(split.labeled.labels, len(split.test.classes)),
         clip=1.0,
         ema_decay=DECAY,
-        precision="bf16",
+        precision=task.precision,
         save_every=200,
         log_every=100,
         bar=False,
@@ -482,6 +484,7 @@ def row_of(task: Task, split: Split, student: torch.nn.Module, external: Tensor)
                 for n, v in zip(split.test.classes, per_class, strict=True)
             }
         ),
+        "precision": task.precision,
     }
 
 
@@ -649,7 +652,7 @@ def shapes(length: int, seed: int, video: str) -> Frames:
 def quick(arms: Iterable[str], steps: int, seeds: Iterable[int], folder: Path) -> str:
     """Everything on shapes, cut once on the way: the table."""
     train_frames, val = shapes(40, 2, "train0"), shapes(12, 3, "valid0")
-    tasks = [Task(arm, 20, seed, "", steps) for arm in arms for seed in seeds]
+    tasks = [Task(arm, 20, seed, "", steps, "fp32") for arm in arms for seed in seeds]
 
     @cache
     def splits(count: int, held_out: str) -> Split:
@@ -670,6 +673,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--counts", nargs="+", type=int, default=[46])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=STEPS, help="whether they are enough")
+    parser.add_argument("--precision", choices=get_args(Precision), default="bf16")
     parser.add_argument("--whole", action="store_true", help="images of twice the size")
     parser.add_argument("--hold-out", default="", metavar="VIDEO")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
@@ -701,7 +705,7 @@ def main(words: list[str]) -> None:
         return split_of(train_frames, val, labeled, held_out)
 
     tasks = [
-        Task(arm, count, seed, given.hold_out, given.steps)
+        Task(arm, count, seed, given.hold_out, given.steps, given.precision)
         for count, seed, arm in product(given.counts, given.seeds, given.arms)
     ]
     others: list[int] = []
