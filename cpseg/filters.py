@@ -37,11 +37,12 @@ from cpseg._classes import (
     summed,
     top_class,
 )
+from cpseg._odds import odds_to
 from cpseg._tiles import Columns, walk
 from cpseg.calibration import Calibration
 from cpseg.errors import InputError
 from cpseg.predictors import check_calibration, limits_of, run
-from cpseg.scores import ColumnScore, label_scores_in_parts, odds_to, scores_in_parts
+from cpseg.scores import ColumnScore, label_scores_in_parts, scores_in_parts
 
 __all__ = [
     "AreaGuard",

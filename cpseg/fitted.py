@@ -15,14 +15,13 @@ from torch import Tensor
 
 from cpseg import _checks
 from cpseg._classes import at_class, in_parts
+from cpseg._odds import odds_of, softmax_tolerance
 from cpseg._tiles import upcast
 from cpseg.errors import InputError
 from cpseg.protocols import Score
 from cpseg.scores import (
     LAC,
     TopK,
-    _softmax,
-    _softmax_tolerance,
     all_scores,
     label_scores,
 )
@@ -222,19 +221,19 @@ class PAS:
 
     def tolerance(self, num_classes: int) -> float:
         """As for :class:`cpseg.LAC`: a relative error of a probability moves this by a quarter."""
-        return _softmax_tolerance(num_classes)
+        return softmax_tolerance(num_classes)
 
     def columns(self, x: Tensor, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block; see :class:`cpseg.scores.ColumnScore`."""
         del position
-        (odds,), total = _softmax((x,))
+        (odds,), total = odds_of((x,))
         prior = torch.tensor(self.prior, dtype=x.dtype, device=x.device)[:, None]
         return prior / (prior + odds / total)
 
     def label_columns(self, x: Tensor, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels in a block; see :class:`cpseg.scores.ColumnScore`."""
         del position
-        odds, total = _softmax(in_parts(x))
+        odds, total = odds_of(in_parts(x))
         prior = torch.tensor(self.prior, dtype=x.dtype, device=x.device)[labels]
         return prior / (prior + at_class(odds, labels) / total)
 

@@ -13,7 +13,7 @@ pixel's position in ``*S``. It does not depend on batch, order or device, and th
 state is not touched.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, final, runtime_checkable
 
@@ -34,6 +34,9 @@ from cpseg._classes import (
     summed,
     top_class,
 )
+from cpseg._draws import uniform
+from cpseg._odds import ULP, odds_at, odds_of, softmax_tolerance
+from cpseg._ranks import at_least, cumulative_odds, ranks
 from cpseg._tiles import Columns, upcast, walk, whole
 from cpseg.errors import InputError
 from cpseg.protocols import Score
@@ -49,8 +52,6 @@ __all__ = [
     "logits_from_probabilities",
     "logits_from_sigmoid",
 ]
-
-_ULP = 2.0**-24  # half a float32 step at 1: what one rounding can cost a number below 1
 
 
 @final
@@ -89,7 +90,7 @@ class LAC:
         ``2 * d`` roundings of it; weighed by probabilities that is at most ``2 * log(C)``. With
         a dozen for the rest, twice that is no more than ``3 * C + 16``.
         """
-        return _softmax_tolerance(num_classes)
+        return softmax_tolerance(num_classes)
 
     def columns(self, x: Tensor | Parts, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
@@ -98,14 +99,14 @@ class LAC:
     def parts(self, x: Tensor | Parts, position: Tensor, /) -> Parts:
         """As :meth:`columns`, in the parts of the block."""
         del position
-        odds, total = _softmax(in_parts(x))
+        odds, total = odds_of(in_parts(x))
         rest = 1 / total  # one division for all classes; at most 1, as the largest odds are
         return [1 - part * rest for part in odds]
 
     def label_columns(self, x: Tensor | Parts, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         del position
-        own, _, total = _softmax_at(in_parts(x), labels)
+        own, _, total = odds_at(in_parts(x), labels)
         return 1 - own * (1 / total)  # as above, to the bit
 
 
@@ -150,20 +151,20 @@ class APS:
 
     def tolerance(self, num_classes: int) -> float:
         """As for :class:`LAC`, and once more for the order in which the top classes are added."""
-        return 2 * _softmax_tolerance(num_classes)
+        return 2 * softmax_tolerance(num_classes)
 
     def columns(self, x: Tensor | Parts, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
         x = joined(in_parts(x))
-        (odds,), total = _softmax((x,))
-        cumulative = _cumulative(x, odds)
+        (odds,), total = odds_of((x,))
+        cumulative = cumulative_odds(x, odds)
         return _adaptive(cumulative, odds, total, _draws(self, position, odds))
 
     def label_columns(self, x: Tensor | Parts, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         parts = in_parts(x)
-        own, odds, total = _softmax_at(parts, labels)
-        cumulative = _sum_where(_at_least(parts, labels), odds)
+        own, odds, total = odds_at(parts, labels)
+        cumulative = _sum_where(at_least(parts, labels), odds)
         return _adaptive(cumulative, own, total, _draws(self, position, own))
 
 
@@ -216,20 +217,20 @@ class RAPS:
 
     def tolerance(self, num_classes: int) -> float:
         """As for :class:`APS`, and one rounding of a number as large as the range."""
-        return 2 * _softmax_tolerance(num_classes) + 2 * _ULP * self.range(num_classes)[1]
+        return 2 * softmax_tolerance(num_classes) + 2 * ULP * self.range(num_classes)[1]
 
     def columns(self, x: Tensor | Parts, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
         x = joined(in_parts(x))
-        (odds,), total = _softmax((x,))
-        cumulative, rank = _cumulative(x, odds), _ranks(x)
+        (odds,), total = odds_of((x,))
+        cumulative, rank = cumulative_odds(x, odds), ranks(x)
         return _adaptive(cumulative, odds, total, _draws(self, position, odds)) + self._cost(rank)
 
     def label_columns(self, x: Tensor | Parts, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         parts = in_parts(x)
-        own, odds, total = _softmax_at(parts, labels)
-        ahead = _at_least(parts, labels)
+        own, odds, total = odds_at(parts, labels)
+        ahead = at_least(parts, labels)
         cumulative = _sum_where(ahead, odds)
         score = _adaptive(cumulative, own, total, _draws(self, position, own))
         return score + self._cost(how_many(ahead).to(score.dtype))
@@ -285,20 +286,20 @@ class SAPS:
 
     def tolerance(self, num_classes: int) -> float:
         """As for :class:`LAC`, and one rounding of a number as large as the range."""
-        return _softmax_tolerance(num_classes) + 2 * _ULP * self.range(num_classes)[1]
+        return softmax_tolerance(num_classes) + 2 * ULP * self.range(num_classes)[1]
 
     def columns(self, x: Tensor | Parts, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
         x = joined(in_parts(x))
-        _, total = _softmax((x,))
-        rank = _ranks(x)
+        _, total = odds_of((x,))
+        rank = ranks(x)
         return self._score(rank, 1 / total, position)
 
     def label_columns(self, x: Tensor | Parts, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         parts = in_parts(x)
-        _, total = _softmax(parts)
-        rank = how_many(_at_least(parts, labels)).to(total.dtype)
+        _, total = odds_of(parts)
+        rank = how_many(at_least(parts, labels)).to(total.dtype)
         return self._score(rank, 1 / total, position)
 
     def _score(self, rank: Tensor, top: Tensor, position: Tensor) -> Tensor:
@@ -340,13 +341,13 @@ class Margin:
 
     def tolerance(self, num_classes: int) -> float:
         """As for :class:`LAC`, twice: a difference of two probabilities."""
-        return 2 * _softmax_tolerance(num_classes)
+        return 2 * softmax_tolerance(num_classes)
 
     def columns(self, x: Tensor | Parts, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
         del position
         x = joined(in_parts(x))
-        (odds,), total = _softmax((x,))
+        (odds,), total = odds_of((x,))
         is_top = class_index((x,))[0] == top_class((x,)).int()
         second = torch.where(is_top, 0.0, odds).amax(0)  # 0 where there is no other class
         return (torch.where(is_top, second, odds.amax(0)) - odds) / total
@@ -354,7 +355,7 @@ class Margin:
     def label_columns(self, x: Tensor | Parts, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
         del position
-        odds, total = _softmax(in_parts(x))
+        odds, total = odds_of(in_parts(x))
         narrow, pairs = labels.int(), zip(class_index(odds), odds, strict=True)
         rival = largest([torch.where(index == narrow, 0.0, part) for index, part in pairs])
         return (rival - at_class(odds, labels)) / total
@@ -399,16 +400,16 @@ class TopK:
 
     def tolerance(self, num_classes: int) -> float:
         """None without draws, as ranks are the same numbers in every path; else one rounding."""
-        return 2 * _ULP * num_classes if self.randomized else 0.0
+        return 2 * ULP * num_classes if self.randomized else 0.0
 
     def columns(self, x: Tensor | Parts, position: Tensor, /) -> Tensor:
         """Scores of all classes of a block ``(C, N)``; see :class:`ColumnScore`."""
         x = joined(in_parts(x))
-        return self._score(x, _ranks(x), position)
+        return self._score(x, ranks(x), position)
 
     def label_columns(self, x: Tensor | Parts, position: Tensor, labels: Tensor, /) -> Tensor:
         """Scores of labels ``(N,)`` in a block; see :class:`ColumnScore`."""
-        return self._score(x, how_many(_at_least(in_parts(x), labels)), position)
+        return self._score(x, how_many(at_least(in_parts(x), labels)), position)
 
     def _score(self, x: Tensor | Parts, rank: Tensor, position: Tensor) -> Tensor:
         most = largest(in_parts(x))
@@ -478,77 +479,7 @@ def logits_from_sigmoid(channels: Tensor) -> Tensor:
     return torch.stack((torch.zeros_like(on), on), dim=1)
 
 
-def uniform(seed: int, position: Tensor) -> Tensor:
-    """One draw in (0, 1) per position: the same number on every device, in any order.
-
-    Args:
-        seed: Any integer.
-        position: int64 positions, non-negative.
-
-    Returns:
-        float32 draws, odd multiples of ``2**-24``. Shape of ``position``.
-
-    Examples:
-        >>> bool((uniform(0, torch.arange(9)) == uniform(0, torch.arange(9))).all())
-        True
-    """
-    low = _mix((position & _WORD) ^ _mix_key(seed & _WORD))
-    mixed = _mix(low ^ (position >> 32) ^ _mix_key((seed >> 32) & _WORD ^ 0x9E3779B9))
-    return ((mixed >> 9) * 2 + 1).to(torch.float32) * 2.0**-24
-
-
-_WORD = 0xFFFFFFFF
-
-
-def _mix(h: Tensor) -> Tensor:
-    # A 32-bit finalizer (xor, shift, multiply) in int64: products wrap, their low word is right.
-    h = ((h ^ (h >> 16)) * 0x7FEB352D) & _WORD
-    h = ((h ^ (h >> 15)) * 0x846CA68B) & _WORD
-    return h ^ (h >> 16)
-
-
-def _mix_key(h: int) -> int:
-    h = ((h ^ (h >> 16)) * 0x7FEB352D) & _WORD
-    h = ((h ^ (h >> 15)) * 0x846CA68B) & _WORD
-    return h ^ (h >> 16)
-
-
 # --- columns: x is (C, N), labels (N,) -----------------------------------------------------------
-
-
-def _softmax(parts: Parts) -> tuple[Parts, Tensor]:
-    """``exp(x - max)`` and its sum: probabilities are their quotient. NaN where x is unusable."""
-    _, odds, total = _softmax_from(parts)
-    return odds, total
-
-
-def _softmax_from(parts: Parts) -> tuple[Tensor, Parts, Tensor]:
-    """The largest logit, and what :func:`_softmax` gives."""
-    most = largest(parts)
-    odds = [odds_to(most, part) for part in parts]
-    return most, odds, summed(odds)
-
-
-def _softmax_at(parts: Parts, labels: Tensor) -> tuple[Tensor, Parts, Tensor]:
-    """The label's odds, and those of :func:`_softmax`."""
-    most, odds, total = _softmax_from(parts)
-    return odds_to(most, at_class(parts, labels)), odds, total
-
-
-def odds_to(most: Tensor, logits: Tensor) -> Tensor:
-    """``exp(logits - most)``, of logits that are no larger than ``most``.
-
-    By way of ``exp2``, which torch vectorizes itself: for ``exp`` it asks a library that takes
-    three times as long on some processors.
-    """
-    return (logits - most).mul_(_LOG2_E).exp2_()
-
-
-_LOG2_E = 1.4426950408889634
-
-
-def _softmax_tolerance(num_classes: int) -> float:
-    return (3 * num_classes + 16) * _ULP
 
 
 def scores_in_parts(score: "ColumnScore", x: Parts, position: Tensor) -> Parts:
@@ -567,75 +498,8 @@ def label_scores_in_parts(
     return score.label_columns(joined(x), position, labels)
 
 
-def _at_least(parts: Parts, labels: Tensor) -> Parts:
-    """The classes that rank no later than the label, itself included: true, or ones and zeros."""
-    own, narrow = at_class(parts, labels), labels.int()
-    pairs = zip(parts, class_index(parts), strict=True)
-    if torch.compiler.is_compiling():
-        return [(part > own) | ((part == own) & (index <= narrow)) for part, index in pairs]
-    return [_at_least_in_place(part, own, index, narrow) for part, index in pairs]
-
-
-def _at_least_in_place(part: Tensor, own: Tensor, index: Tensor, narrow: Tensor) -> Tensor:
-    """As :func:`cpseg._classes.holds` compares; bools would add and multiply no faster."""
-    dtype = part.dtype
-    ahead = torch.eq(part, own, out=torch.empty_like(part))
-    ahead *= torch.le(index.to(dtype), narrow.to(dtype), out=torch.empty_like(part))
-    return ahead.add_(torch.gt(part, own, out=torch.empty_like(part)))
-
-
 def _sum_where(masks: Parts, values: Parts) -> Tensor:
     return summed([part * mask for part, mask in zip(values, masks, strict=True)])
-
-
-def _cumulative(x: Tensor, odds: Tensor) -> Tensor:
-    """Of each class: the odds of those that rank no later, added up. ``(C, N)``."""
-    if torch.compiler.is_compiling() and len(x) <= _FUSED_PAIRS:
-        pairs = [torch.where(mask, odds, 0.0).sum(0) for mask in _pairs(x)]
-    elif len(x) <= _PAIRS:
-        pairs = [mask.mul_(odds).sum(0) for mask in _pairs_in_place(x)]
-    else:
-        order = _order(x)
-        sums = odds.t().gather(1, order).cumsum(1)
-        return torch.empty_like(sums).scatter(1, order, sums).t()
-    return torch.stack(pairs)
-
-
-def _ranks(x: Tensor) -> Tensor:
-    """Of each class: how many rank no later, itself included. ``(C, N)``, in the dtype of x."""
-    if torch.compiler.is_compiling() and len(x) <= _FUSED_PAIRS:
-        return torch.stack([torch.where(mask, 1.0, 0.0).sum(0) for mask in _pairs(x)]).to(x.dtype)
-    if len(x) <= _PAIRS:
-        return torch.stack([mask.sum(0) for mask in _pairs_in_place(x)])
-    order = _order(x)
-    places = torch.arange(1, len(x) + 1, device=x.device, dtype=x.dtype).expand(order.shape)
-    return torch.empty_like(places).scatter(1, order, places).t()
-
-
-# Classes up to which all pairs are compared sooner than a pixel's classes are sorted.
-_FUSED_PAIRS = 32
-_PAIRS = 64
-
-
-def _pairs(x: Tensor) -> Iterator[Tensor]:
-    """For each class, those that rank no later than it, itself included. Bool ``(C, N)``."""
-    for c, own in enumerate(x.unbind()):
-        yield (x > own) | ((x == own) & (class_index((x,))[0] <= c))
-
-
-def _pairs_in_place(x: Tensor) -> Iterator[Tensor]:
-    """As :func:`_pairs`, as ones and zeros, all in the same memory."""
-    mask = torch.empty_like(x)
-    for c, own in enumerate(x):
-        torch.ge(x[:c], own, out=mask[:c])
-        mask[c] = 1
-        torch.gt(x[c + 1 :], own, out=mask[c + 1 :])
-        yield mask
-
-
-def _order(x: Tensor) -> Tensor:
-    """Classes from the largest logit down, equal ones by index. int64 ``(N, C)``."""
-    return x.t().contiguous().argsort(dim=1, descending=True, stable=True)
 
 
 def _settle(score: APS | RAPS | SAPS | TopK) -> None:
@@ -780,4 +644,4 @@ def label_scores(score: ColumnScore, logits: Tensor, labels: Tensor) -> Tensor:
 
 def _outward(bound: float) -> float:
     """A bound with room for the rounding of the scores below it."""
-    return bound * (1 + 4 * _ULP)
+    return bound * (1 + 4 * ULP)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cpseg import _checks
+from cpseg._draws import uniform
 from cpseg.accumulate import Histogram, upward
 from cpseg.calibration import Calibration, Control, describe_score, score_from_description
 from cpseg.calibrators import SplitCalibrator
@@ -23,7 +24,7 @@ from cpseg.errors import InputError
 from cpseg.predictors import PixelSetPredictor
 from cpseg.protocols import Score
 from cpseg.quantile import UNIT_MASS, level
-from cpseg.scores import LAC, uniform
+from cpseg.scores import LAC
 
 __all__ = [
     "AdaptiveLevel",

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "cpseg"
 
 LEVELS = [
     {"errors", "protocols", "_classes"},
-    {"_checks", "_tiles"},
+    {"_checks", "_draws", "_odds", "_ranks", "_tiles"},
     {"quantile", "bounds", "scores", "sets", "morphology", "merging"},
     {"accumulate", "fitted"},
     {"calibration", "_pixels"},
@@ -89,7 +89,7 @@ UNLISTED = {
     "cpseg.quantile": {"UNIT_MASS", "budget", "mass_above"},
     "cpseg.scores": {
         *("all_scores", "label_scores", "label_scores_in_parts", "score_columns"),
-        *("odds_to", "scores_in_parts", "uniform"),
+        "scores_in_parts",
     },
     "cpseg.sets": {"pack"},
 }

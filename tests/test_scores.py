@@ -16,6 +16,7 @@ from scipy import stats
 from torch import Tensor
 
 import cpseg._tiles
+from cpseg._draws import uniform
 from cpseg.errors import InputError
 from cpseg.protocols import Score
 from cpseg.scores import (
@@ -27,7 +28,6 @@ from cpseg.scores import (
     TopK,
     logits_from_probabilities,
     logits_from_sigmoid,
-    uniform,
 )
 
 Oracle = Callable[[list[float], int, float], float]  # row of logits, class, draw: its score

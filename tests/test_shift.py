@@ -289,7 +289,7 @@ def test_the_capital_is_that_of_the_simple_jumper_on_online_smoothed_ranks() -> 
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(4, (50,), generator=generator).double()
     martingale, p_values = ExchangeabilityMartingale(seed=5), []
-    from cpseg.scores import uniform  # noqa: PLC0415
+    from cpseg._draws import uniform  # noqa: PLC0415
 
     for t in range(1, 51):
         draw = uniform(5, torch.tensor([t])).item()

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from cpseg import APS, LAC, RAPS, SAPS, ClassConditionalCalibrator, Margin, SplitCalibrator, TopK
+from cpseg._draws import uniform
 from cpseg.calibration import Calibration
 from cpseg.predictors import PixelSetPredictor
 from cpseg.protocols import Score
 from cpseg.quantile import conformal_quantile, conformal_rank
-from cpseg.scores import uniform
 
 pytestmark = [
     pytest.mark.parity,
