@@ -1,6 +1,7 @@
 """Schedules, CutMix, merged labels and their loss, held against a few lines of plain Python."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from cpseg.training import (
     Linear,
     MergeMode,
     Poly,
+    class_weights_from,
     cutmix,
     generator_for,
     masked_cross_entropy,
@@ -370,3 +372,31 @@ def test_unusable_logits_where_nothing_is_asked_cost_nothing(bad: float, *, soft
     assert float(loss.detach()) == pytest.approx(clean)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert gradient.isfinite().all()
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(any),
+    void=st.integers(0, 9),
+    cut=st.integers(0, 200),
+)
+def test_class_weights_are_what_is_said_of_them(sizes: list[int], void: int, cut: int) -> None:
+    labels = torch.tensor([c for c, n in enumerate(sizes) for _ in range(n)] + [255] * void)
+    parts = (labels[:cut].to(torch.uint8), labels[cut:])
+    found = class_weights_from(iter(parts), len(sizes))
+    shares = [n / sum(sizes) for n in sizes]
+    assert sum(w * s for w, s in zip(found, shares, strict=True)) == pytest.approx(1)
+    for a, b in pairwise(range(len(sizes))):
+        ratio = math.sqrt(max(shares[b], 1e-4) / max(shares[a], 1e-4))
+        assert found[a] / found[b] == pytest.approx(ratio)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, 2, -1, 255], "ignore_index 255; got 2 other pixels"),
+        ([255, 255], "must have a labeled pixel; got none"),
+    ],
+)
+def test_class_weights_of_unusable_labels_are_refused(labels: list[int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        class_weights_from([torch.tensor(labels)], 2)

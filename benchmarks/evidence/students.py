@@ -51,7 +51,7 @@ from cpseg.data import ColorJitter, SyntheticShapes
 from cpseg.filters import SoftLabels
 from cpseg.fitted import Recalibrated, recalibrate
 from cpseg.metrics import MeanIoU, SelectiveAccuracy
-from cpseg.training import Own, Stage, TrainConfig, Trainer, UNet
+from cpseg.training import Own, Stage, TrainConfig, Trainer, UNet, class_weights_from
 from cpseg.training.batches import Normalize
 from cpseg.training.recipes import conformal_sam, self_training, supervised, unimatch_like
 
@@ -89,19 +89,6 @@ class Student(nn.Module):
         height, width = images.shape[2:]
         whole = pad(images, (0, -width % SQUARE, 0, -height % SQUARE))
         return pixel_shuffle(self.net(pixel_unshuffle(whole, SQUARE)), SQUARE)[..., :height, :width]
-
-
-def class_shares(labels: Tensor, classes: int) -> Tensor:
-    """Each class's share of the labeled pixels. float64 ``(C,)``."""
-    counts = torch.bincount(labels[labels < classes], minlength=classes).double()
-    return counts / counts.sum()
-
-
-def class_weights(labels: Tensor, classes: int) -> tuple[float, ...]:
-    """One over the root of each class's share of the labeled pixels; 1 on average over those."""
-    shares = class_shares(labels, classes)
-    weights = shares.clamp(min=1e-4).rsqrt()
-    return tuple((weights / (weights * shares).sum()).tolist())
 
 
 # --- external labels ------------------------------------------------------------------------------
@@ -189,8 +176,9 @@ def probabilities(labeled: Frames, unlabeled: Frames) -> Tensor:
 
 def levels_by_class(labeled: Frames, unlabeled: Frames) -> Tensor:
     """The argmax in the set, where a frequent class is left out more readily than a rare one."""
-    shares = class_shares(labeled.labels, len(labeled.classes))
-    alphas = (ALPHA * (shares * len(shares)).sqrt()).clamp(0.01, 0.5).tolist()
+    classes = len(labeled.classes)
+    counts = torch.bincount(labeled.labels[labeled.labels < classes], minlength=classes)
+    alphas = (ALPHA * (counts / counts.double().mean()).sqrt()).clamp(0.01, 0.5).tolist()
     return frame_by_frame(Argmax(by_class(labeled, alphas)), unlabeled)
 
 
@@ -396,7 +384,7 @@ def config_of(task: Task, split: Split) -> TrainConfig:
         unlabeled_batch=UNLABELED,
         optimizer="adamw",
         lr=LR,
-        class_weights=class_weights(split.labeled.labels, len(split.test.classes)),
+        class_weights=class_weights_from([split.labeled.labels], len(split.test.classes)),
         clip=1.0,
         ema_decay=DECAY,
         precision=task.precision,

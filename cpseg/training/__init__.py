@@ -34,12 +34,18 @@ from cpseg.training.objective import (
     labeling,
 )
 from cpseg.training.plugin import OnlineAnnotator, PseudoLabelStore, confidence_thresholds
-from cpseg.training.recipes import conformal_sam, self_training, supervised, unimatch_like
+from cpseg.training.recipes import (
+    conformal_sam,
+    self_training,
+    supervised,
+    unimatch_like,
+)
 from cpseg.training.schedules import Complement, Constant, Exponential, Linear, Poly, Schedule
 from cpseg.training.students import UNet, logits_of
 from cpseg.training.targets import (
     Denominator,
     MergeMode,
+    class_weights_from,
     masked_cross_entropy,
     merge_pseudo_labels,
     multiply_probabilities,
@@ -84,6 +90,7 @@ __all__ = [
     "TwoStageObjective",
     "UNet",
     "biased_annotator",
+    "class_weights_from",
     "compare_on_shapes",
     "confidence_thresholds",
     "conformal_sam",

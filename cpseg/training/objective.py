@@ -303,8 +303,8 @@ class TwoStageObjective:
         weights are divided out. A label is its answer, weights and all.
         """
         logits = _own_logits(labeler, batch.weak)
-        if stage.own == "probabilities" and self.class_weights is not None:
-            weights = torch.tensor(self.class_weights, device=logits.device)
+        weights = self._weights(logits)
+        if stage.own == "probabilities" and weights is not None:
             logits = logits - torch.where(weights > 0, weights, 1).log().view(-1, 1, 1)
         external = batch.external if stage.merge else torch.ones_like(logits)
         return multiply_probabilities(logits, external)
@@ -421,20 +421,23 @@ class TwoStageObjective:
         valid: Tensor | None = None,
         share: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
-        weights: Tensor | None = None
-        if self.class_weights is not None:
-            weights = torch.tensor(self.class_weights, device=logits.device)
         return masked_cross_entropy(
             logits,
             labels,
             weight=weight,
-            class_weights=weights,
+            class_weights=self._weights(logits),
             denominator=denominator,
             valid=valid,
             ignore_index=self.ignore_index,
             pad_index=self.ignore_index,
             share=share,
         )
+
+    def _weights(self, logits: Tensor) -> Tensor | None:
+        """Those of classes, where the logits are. ``(C,)``."""
+        if self.class_weights is None:
+            return None
+        return torch.tensor(self.class_weights, device=logits.device)
 
 
 def labeling(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ that no threshold, not even 0, keeps the pixel; and the label there is still a c
 loss ever sees an index it does not know.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, get_args
 
 import torch
@@ -19,6 +19,7 @@ from cpseg.errors import InputError
 __all__ = [
     "Denominator",
     "MergeMode",
+    "class_weights_from",
     "masked_cross_entropy",
     "merge_pseudo_labels",
     "multiply_probabilities",
@@ -228,6 +229,52 @@ def masked_cross_entropy(
         count = share(count)
     # A shared count may lie below 1; the smallest that is not 0 is one pixel over all processes.
     return total / torch.where(count > 0, count, 1)
+
+
+def class_weights_from(
+    labels: Iterable[Tensor], num_classes: int, *, ignore_index: int = 255
+) -> tuple[float, ...]:
+    """Weights under which rare classes are learned from few images, for ``class_weights``.
+
+    One over the square root of a class's share of the labeled pixels: half of the way, on a
+    logarithmic scale, to all classes weighing the same. A class of less than one pixel in ten
+    thousand, or of none, weighs as much as one of that share. Ours.
+
+    Guarantee:
+        None; a heuristic.
+
+    Args:
+        labels: Of the labeled images, integers of any shape; read once.
+        num_classes: Number of classes, C.
+        ignore_index: Label of pixels that do not count.
+
+    Returns:
+        C weights, 1 on average over the labeled pixels.
+
+    Raises:
+        InputError: If no pixel has a label, or one that is neither a class nor ignore_index.
+
+    Examples:
+        >>> labels = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 0, 0, 1], [255] * 10])
+        >>> [round(weight, 2) for weight in class_weights_from([labels], num_classes=2)]
+        [0.79, 2.37]
+    """
+    counts = torch.zeros(num_classes, dtype=torch.int64)
+    for each in labels:
+        wide = each.long()
+        kept = wide[wide != ignore_index].cpu()
+        outside = int(((kept < 0) | (kept >= num_classes)).sum())
+        if outside:
+            raise InputError(
+                f"labels must be classes below {num_classes} or ignore_index {ignore_index}; "
+                f"got {outside} other pixels"
+            )
+        counts += torch.bincount(kept, minlength=num_classes)
+    if not counts.any():
+        raise InputError("labels must have a labeled pixel; got none")
+    shares = counts.double() / counts.sum()
+    weights = shares.clamp(min=1e-4).rsqrt()
+    return tuple((weights / (weights * shares).sum()).tolist())
 
 
 def _soft_cross_entropy(logits: Tensor, shares: Tensor, class_weights: Tensor | None) -> Tensor:
