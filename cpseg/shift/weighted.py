@@ -1,37 +1,23 @@
-"""Where the new domain is not the calibration's: weights, an alarm, and levels that move.
+"""A promise under a shift that is known as likelihood ratios of images."""
 
-:class:`WeightedCalibrator` keeps a promise under a shift that is known as likelihood ratios of
-images. :class:`ExchangeabilityMartingale` watches a stream for a shift that is not known.
-:class:`AdaptiveLevel` follows one, where labels arrive later, frame by frame.
-"""
-
-from bisect import bisect_left, bisect_right, insort
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil, exp, floor, inf, isfinite, log
+from math import ceil, floor, inf, isfinite
 from typing import Self, cast, final
 
 import torch
 from torch import Tensor
 
 from cpseg import _checks
-from cpseg._draws import uniform
 from cpseg.accumulate import Histogram, upward
 from cpseg.calibration import Calibration, Control, describe_score, score_from_description
-from cpseg.calibrators import SplitCalibrator
 from cpseg.errors import InputError
-from cpseg.predictors import PixelSetPredictor
 from cpseg.protocols import Score
 from cpseg.quantile import UNIT_MASS, level
 from cpseg.scores import LAC
 
-__all__ = [
-    "AdaptiveLevel",
-    "ExchangeabilityMartingale",
-    "WeightedCalibration",
-    "WeightedCalibrator",
-]
+__all__ = ["WeightedCalibration", "WeightedCalibrator"]
 
 _Unit = tuple[float, Tensor, Tensor]  # weight, scores, how many pixels have each
 
@@ -466,234 +452,6 @@ class WeightedCalibrator:
             ignore_index=self.ignore_index,
             max_share=self._max_share.clone(),
         )
-
-
-@final
-class ExchangeabilityMartingale:
-    """Watches one number per image for a change in its distribution.
-
-    A conformal test martingale: each number's rank among all up to it, itself included, gives a
-    p-value, smoothed where numbers tie, and the simple jumper (Vovk et al., 2021) bets that
-    p-values are not uniform. Ranks against a fixed calibration set would not be independent, and
-    would raise false alarms.
-
-    Guarantee:
-        If the numbers are exchangeable, in the order in which they come, :meth:`alarm` is ever
-        raised with probability at most ``delta``, over the stream and the smoothing draws.
-
-    Args:
-        seed: Of the draws that smooth ties.
-        jump: How readily bets change direction, in (0, 1).
-
-    Examples:
-        >>> martingale = ExchangeabilityMartingale().update(torch.arange(60.0))
-        >>> martingale.alarm(delta=0.01)
-        True
-    """
-
-    def __init__(self, seed: int = 0, *, jump: float = 0.01) -> None:
-        _checks.check_integer("seed", seed)
-        _checks.check_alpha(jump, "jump")
-        self.seed: int = seed
-        self.jump: float = jump
-        self._seen: list[float] = []
-        self._shares = [1 / 3, 1 / 3, 1 / 3]  # of the capital, on bets -1, 0 and 1
-        self._log_value = self._log_largest = 0.0
-
-    def update(self, statistics: Tensor) -> Self:
-        """See numbers in the order in which their images came.
-
-        Args:
-            statistics: One per image: mean entropy, share kept, mean score. Shape ``(T,)``.
-
-        Returns:
-            The martingale itself.
-
-        Raises:
-            InputError: If statistics is not one axis of floats, or holds NaN.
-        """
-        _checks.check_tensor("statistics", statistics)
-        if statistics.ndim != 1 or not statistics.is_floating_point():
-            raise InputError(
-                "statistics must be floating with shape (T,); "
-                f"got {statistics.dtype} {_checks.describe(statistics.shape)}"
-            )
-        if bool(statistics.isnan().any()):
-            raise InputError(f"statistics must not be NaN; got {int(statistics.isnan().sum())}")
-        position = torch.arange(len(statistics)) + len(self._seen) + 1
-        draws = uniform(self.seed, position).tolist()
-        for value, draw in zip(statistics.tolist(), draws, strict=True):
-            insort(self._seen, value)
-            count = len(self._seen)
-            below, upto = bisect_left(self._seen, value), bisect_right(self._seen, value)
-            self._bet((count - upto + draw * (upto - below)) / count)
-        return self
-
-    def _bet(self, p_value: float) -> None:
-        mixed = [(1 - self.jump) * share + self.jump / 3 for share in self._shares]
-        won = [
-            share * (1 + bet * (p_value - 0.5))
-            for share, bet in zip(mixed, (-1, 0, 1), strict=True)
-        ]
-        growth = sum(won)
-        self._shares = [share / growth for share in won]
-        self._log_value += log(growth)
-        self._log_largest = max(self._log_largest, self._log_value)
-
-    @property
-    def value(self) -> float:
-        """The capital now, 1 at the start."""
-        return exp(min(self._log_value, 700.0))
-
-    @property
-    def largest(self) -> float:
-        """The largest capital so far."""
-        return exp(min(self._log_largest, 700.0))
-
-    def alarm(self, delta: float) -> bool:
-        """Whether the capital has ever reached ``1 / delta``.
-
-        Args:
-            delta: Probability of a false alarm, ever.
-
-        Returns:
-            True if so.
-        """
-        _checks.check_alpha(delta, "delta")
-        return self._log_largest >= -log(delta)
-
-    def state_dict(self) -> dict[str, object]:
-        """Everything, as tensors and numbers."""
-        return {
-            "kind": type(self).__name__,
-            "seed": self.seed,
-            "jump": self.jump,
-            "seen": torch.tensor(self._seen, dtype=torch.float64),
-            "shares": torch.tensor(self._shares, dtype=torch.float64),
-            "log_values": torch.tensor([self._log_value, self._log_largest], dtype=torch.float64),
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, object]) -> Self:
-        """The martingale that gave this state.
-
-        Args:
-            state: What ``state_dict`` returned.
-
-        Returns:
-            A new martingale that goes on where the other was.
-
-        Raises:
-            InputError: If the state is another class's.
-        """
-        if state.get("kind") != cls.__name__:
-            raise InputError(f"state must be of a {cls.__name__}; got {state.get('kind')}")
-        made = cls(cast("int", state["seed"]), jump=cast("float", state["jump"]))
-        made._seen = cast("Tensor", state["seen"]).tolist()
-        made._shares = cast("Tensor", state["shares"]).tolist()
-        made._log_value, made._log_largest = cast("Tensor", state["log_values"]).tolist()
-        return made
-
-
-@final
-class AdaptiveLevel:
-    """Adaptive conformal inference: the level follows what was missed (Gibbs and Candes, 2021).
-
-    After each frame the level moves by ``gamma * (alpha - missed)``, where ``missed`` is the share
-    of the frame's labeled pixels whose set missed their class. It may leave (0, 1): at 0 or below
-    every set is full, at 1 or above every set is empty.
-
-    Guarantee:
-        For any sequence of T frames with labels, whatever they are: the mean of the missed shares
-        differs from ``alpha`` by at most ``(max(alpha, 1 - alpha) + gamma) / (gamma * T)``. No
-        assumption; nothing is said of a single frame.
-
-    Args:
-        calibrator: Held-out scores; it must not change while this is used.
-        alpha: The share that may be missed in the long run.
-        gamma: How fast the level moves, in (0, 1).
-
-    Examples:
-        >>> logits, labels = torch.tensor([[2.0, 0.0]] * 20), torch.zeros(20, dtype=torch.int64)
-        >>> following = AdaptiveLevel(SplitCalibrator().update(logits, labels), 0.2, gamma=0.5)
-        >>> following.update(torch.tensor([[2.0, 0.0]]), torch.tensor([1])).level < 0
-        True
-        >>> following(torch.tensor([[2.0, 0.0]]))
-        tensor([[True, True]])
-    """
-
-    def __init__(self, calibrator: SplitCalibrator, alpha: float, *, gamma: float = 0.01) -> None:
-        _checks.check_alpha(alpha)
-        _checks.check_alpha(gamma, "gamma")
-        self.alpha: float = alpha
-        self.gamma: float = gamma
-        self.level: float = alpha
-        self._calibrator = calibrator
-        self._base = calibrator.compute(alpha)
-        self._at: tuple[float, Calibration] | None = None  # for which level it was made
-
-    @property
-    def calibration(self) -> Calibration:
-        """What holds for the next frame; it promises nothing by itself."""
-        if self._at is None or self._at[0] != self.level:
-            if 0 < self.level < 1:
-                made = self._calibrator.compute(self.level)
-            else:
-                edge = inf if self.level <= 0 else -inf
-                made = replace(self._base, thresholds=torch.full_like(self._base.thresholds, edge))
-            control = Control(
-                risk="adaptive miscoverage",
-                rule=None,
-                delta=None,
-                event=(
-                    "The mean share of labeled pixels whose class is missing from their set "
-                    f"differs from {self.alpha:g} by at most {self._reach():.3g} / T"
-                ),
-                over="over any T frames, whatever they are",
-                assumptions=("the labels of each frame are learned before the next is predicted",),
-                notes=("Nothing is promised for one frame.",),
-            )
-            self._at = self.level, replace(made, control=control)
-        return self._at[1]
-
-    def _reach(self) -> float:
-        """How far the sum of missed shares can stray from what was asked for."""
-        return (max(self.alpha, 1 - self.alpha) + self.gamma) / self.gamma
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Sets of a frame at the present level. ``(B, C, *S)`` to bool ``(B, C, *S)``."""
-        return PixelSetPredictor(self.calibration)(logits)
-
-    def update(self, logits: Tensor, labels: Tensor) -> Self:
-        """Learn what was missed, frame by frame in the order of the batch.
-
-        Args:
-            logits: Of the frames that were predicted. Shape ``(B, C, *S)``.
-            labels: Integers, ``ignore_index`` where unknown. Shape ``(B, *S)``.
-
-        Returns:
-            The object itself. Frames without a labeled pixel, or with unusable logits at all of
-            them, change nothing.
-
-        Raises:
-            InputError: If shapes do not fit, or a label is no class.
-        """
-        _checks.check_logits(logits, self._base.num_classes)
-        _checks.check_labels(labels, logits)
-        ignore = self._base.ignore_index
-        for entry in range(len(logits)):
-            frame, truth = logits[entry : entry + 1], labels[entry : entry + 1].long()
-            valid = truth != ignore
-            if bool((valid & ((truth < 0) | (truth >= frame.shape[1]))).any()):
-                raise InputError("labels must be classes or ignore_index; got others")
-            sets = self(frame)
-            usable = valid & frame.amax(1).isfinite() & ~frame.isnan().any(1)
-            held = sets.gather(1, (truth * valid)[:, None])[:, 0]
-            seen = int(usable.sum())
-            if seen:
-                missed = int((usable & ~held).sum()) / seen
-                self.level += self.gamma * (self.alpha - missed)
-        return self
 
 
 def _scaled(weight: float, largest: float) -> Fraction:
