@@ -51,7 +51,16 @@ from cpseg.data import ColorJitter, SyntheticShapes
 from cpseg.filters import SoftLabels
 from cpseg.fitted import Recalibrated, recalibrate
 from cpseg.metrics import MeanIoU, SelectiveAccuracy
-from cpseg.training import Own, Stage, TrainConfig, Trainer, UNet, class_weights_from
+from cpseg.training import (
+    MovingAverage,
+    Own,
+    Stage,
+    TrainConfig,
+    Trainer,
+    UNet,
+    class_weights_from,
+    masked_cross_entropy,
+)
 from cpseg.training.batches import Normalize
 from cpseg.training.recipes import conformal_sam, self_training, supervised, unimatch_like
 
@@ -79,13 +88,13 @@ NORMALIZE = Normalize()
 class Student(nn.Module):
     """The library's small U-Net from squares of two by two pixels to squares, for the time saved."""
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, channels: int = 3) -> None:
         super().__init__()
-        inside, outside = (count * SQUARE**2 for count in (3, classes))
+        inside, outside = (count * SQUARE**2 for count in (channels, classes))
         self.net = UNet(outside, channels=inside, width=WIDTH, depth=DEPTH, norm="batch")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of images ``(B, 3, H, W)``."""
+        """Logits of images ``(B, channels, H, W)``."""
         height, width = images.shape[2:]
         whole = pad(images, (0, -width % SQUARE, 0, -height % SQUARE))
         return pixel_shuffle(self.net(pixel_unshuffle(whole, SQUARE)), SQUARE)[..., :height, :width]
@@ -166,6 +175,67 @@ def recalibrated_on_all(labeled: Frames, unlabeled: Frames) -> Tensor:
 
 def recalibrated_labels(labeled: Frames, unlabeled: Frames) -> Tensor:
     return recalibrated_alone(labeled, unlabeled).argmax(1)
+
+
+REFINING_STEPS = 600
+
+
+class Refined(nn.Module):
+    """The annotator's log-probabilities, and what a network adds to them that sees the image too."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.correction = Student(classes, 3 + classes)
+        nn.init.zeros_(self.correction.net.head.weight)
+        nn.init.zeros_(cast("Tensor", self.correction.net.head.bias))
+
+    def forward(self, images: Tensor, logits: Tensor) -> Tensor:
+        """Logits. ``(B, 3, H, W)`` and ``(B, C, H, W)`` to ``(B, C, H, W)``."""
+        known = logits.log_softmax(1).clamp(min=-12)
+        seen = torch.cat((NORMALIZE(images.float() / 255), known / 6), 1)
+        return known + self.correction(seen.to(memory_format=torch.channels_last))
+
+
+def refined(labeled: Frames, unlabeled: Frames) -> Tensor:
+    """Probabilities of an annotator that learned from every second labeled frame.
+
+    Trained as students are, on mirrored frames of other brightness. Class weights, without which
+    it would learn nothing of rare classes, are divided out: students have their own.
+    """
+    classes = len(labeled.classes)
+    known = labeled[list(range(0, len(labeled), 2))]
+    weights = torch.tensor(class_weights_from([known.labels], classes))
+    chance = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Refined(classes).to(memory_format=torch.channels_last)
+    average = MovingAverage(network, DECAY)
+    optimizer = torch.optim.AdamW(network.parameters(), LR, weight_decay=0.01)
+    for step in range(REFINING_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = LR * (1 - step / REFINING_STEPS) ** 0.9
+        some = known[torch.randint(len(known), (LABELED,), generator=chance).tolist()]
+        views = [some.images.float(), some.logits, some.labels]
+        if torch.rand((), generator=chance) < 0.5:
+            views = [view.flip(-1) for view in views]
+        images, logits, labels = views
+        light = 1 + 0.2 * torch.randn(LABELED, 1, 1, 1, generator=chance)
+        tint = 12 * torch.randn(LABELED, 3, 1, 1, generator=chance)
+        loss = masked_cross_entropy(
+            network((images * light + tint).clamp(0, 255), logits), labels, class_weights=weights
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        average.update(network)
+    learned = average.module
+    with torch.no_grad():
+        told = [
+            learned(image[None], logits[None])
+            for image, logits in zip(unlabeled.images, unlabeled.logits, strict=True)
+        ]
+    return (torch.cat(told) - weights.log().view(-1, 1, 1)).softmax(1)
 
 
 def probabilities(labeled: Frames, unlabeled: Frames) -> Tensor:
@@ -329,6 +399,7 @@ ARMS = {
     "probabilities": Arm(probabilities, external),
     "recalibrated probabilities, from all labeled frames": Arm(recalibrated_on_all, external),
     "recalibrated labels": Arm(recalibrated_labels, external),
+    "refined probabilities": Arm(refined, external),
     "equal shares of the set, by class": Arm(the_set, external),
     "argmax in the set, levels by class": Arm(levels_by_class, external),
     "singletons, by class, over all pixels": Arm(kept_by("class: Singleton"), over_all_pixels),
