@@ -7,7 +7,7 @@ lines ``image label``. Pixel (y, x) of the logits belongs to label (2 y + 1, 2 x
 video is the first six characters of its name.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -82,3 +82,35 @@ def labeled(folder: Path, count: int, frames: Frames) -> list[int]:
     place = {name: index for index, name in enumerate(frames.names)}
     split = folder / "splits" / str(count) / "labeled.txt"
     return [place[Path(image).stem] for image, _ in read_split(split)]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Who trains and who tests."""
+
+    labeled: Frames
+    unlabeled: Frames
+    test: Frames
+
+    @property
+    def size(self) -> str:
+        height, width = self.test.labels.shape[1:]
+        return f"{height}x{width}"
+
+
+def split_of(train: Frames, val: Frames, labeled: list[int], held_out: str) -> Split:
+    """The frames of a count; those of a held-out video are tested and never trained on."""
+    away = [index for index, video in enumerate(train.videos) if video == held_out]
+    if held_out and not away:
+        raise SystemExit(f"--hold-out must name a video of {sorted(set(train.videos))}")
+    chosen, gone = set(labeled), set(away)
+    others = [index for index in range(len(train)) if index not in chosen | gone]
+    new = train[away]
+    test = replace(
+        val,
+        names=val.names + new.names,
+        images=torch.cat((val.images, new.images)),
+        logits=torch.cat((val.logits, new.logits)),
+        labels=torch.cat((val.labels, new.labels)),
+    )
+    return Split(train[[index for index in labeled if index not in gone]], train[others], test)

@@ -1,8 +1,9 @@
 """What an annotator's labels are worth to a student, by how they were filtered.
 
 The same small U-Net is trained on the labeled frames of a split and, in all arms but the first,
-on external labels of the other frames; ``ARMS`` says what an arm is, the constants below it what
-is the same for all. They were settled on seed 100 and on val; seeds 0 to 4 count.
+on external labels of the other frames; ``arms.py`` says what an arm is, ``student.py`` and the
+constants here what is the same for all. They were settled on seed 100 and on val; seeds 0 to 4
+count.
 Every run is one row of a results file. A row that is there is never run again, a run that was cut
 goes on where it stopped, and several processes may work on one file.
 
@@ -28,41 +29,27 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from itertools import product
 from math import isnan, sqrt
 from pathlib import Path
 from shutil import rmtree, which
 from statistics import mean, stdev
 from tempfile import TemporaryDirectory
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import frames
 import torch
-from frames import Frames
-from labels import rules
+from arms import ARMS, BESIDE
+from frames import Frames, Split, split_of
 from scipy.stats import t as student_t
+from student import DECAY, LABELED, LR, NORMALIZE, UNLABELED, Student
 from torch import Tensor, nn
-from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
-from cpseg import Argmax, Calibration, ClassConditionalCalibrator
 from cpseg.annotators import SyntheticAnnotator
 from cpseg.data import ColorJitter, SyntheticShapes
-from cpseg.filters import SoftLabels
-from cpseg.fitted import Recalibrated, recalibrate
 from cpseg.metrics import MeanIoU, SelectiveAccuracy
-from cpseg.training import (
-    MovingAverage,
-    Own,
-    Stage,
-    TrainConfig,
-    Trainer,
-    UNet,
-    class_weights_from,
-    masked_cross_entropy,
-)
-from cpseg.training.batches import Normalize
-from cpseg.training.recipes import conformal_sam, self_training, supervised, unimatch_like
+from cpseg.training import TrainConfig, Trainer, class_weights_from
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "students.csv"
@@ -75,345 +62,9 @@ KEYS = COLUMNS.index("commit")  # what comes before tells runs apart
 Key = tuple[str, ...]
 Precision = Literal["fp32", "bf16"]  # bfloat16 is slow where the processor does not have it
 
-# The same for all arms. STEPS are the optimizer's, whatever a step sees.
+# The same for all arms; STEPS are the optimizer's, whatever a step sees.
 STEPS = 1500
-LABELED, UNLABELED = 4, 4  # images a step
-LR, DECAY = 1e-3, 0.99  # of AdamW, falling to 0; of the averaged student, which is what is tested
-ALPHA = 0.1
-SQUARE, WIDTH, DEPTH = 2, 32, 3
 COLOR = ColorJitter(strength=0.25, hue=0.02, gray=0.0, blur=0.25)  # of strong views
-NORMALIZE = Normalize()
-
-
-class Student(nn.Module):
-    """The library's small U-Net from squares of two by two pixels to squares, for the time saved."""
-
-    def __init__(self, classes: int, channels: int = 3) -> None:
-        super().__init__()
-        inside, outside = (count * SQUARE**2 for count in (channels, classes))
-        self.net = UNet(outside, channels=inside, width=WIDTH, depth=DEPTH, norm="batch")
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of images ``(B, channels, H, W)``."""
-        height, width = images.shape[2:]
-        whole = pad(images, (0, -width % SQUARE, 0, -height % SQUARE))
-        return pixel_shuffle(self.net(pixel_unshuffle(whole, SQUARE)), SQUARE)[..., :height, :width]
-
-
-# --- external labels ------------------------------------------------------------------------------
-
-Labels = Callable[[Frames, Frames], Tensor]  # labeled and unlabeled frames to labels of the latter
-
-
-def nothing(labeled: Frames, unlabeled: Frames) -> Tensor:
-    del labeled
-    return torch.full_like(unlabeled.labels, 255)
-
-
-def truth(labeled: Frames, unlabeled: Frames) -> Tensor:
-    del labeled
-    return unlabeled.labels
-
-
-def raw(labeled: Frames, unlabeled: Frames) -> Tensor:
-    del labeled
-    return unlabeled.logits.argmax(1)
-
-
-def right_only(labeled: Frames, unlabeled: Frames) -> Tensor:
-    del labeled
-    found = unlabeled.logits.argmax(1)
-    return torch.where(found == unlabeled.labels, found, 255)
-
-
-def frame_by_frame(keep: Callable[[Tensor], Tensor], frames: Frames) -> Tensor:
-    return torch.cat([keep(logits[None]) for logits in frames.logits])
-
-
-def kept_by(name: str) -> Labels:
-    """What a rule of ``labels.py`` keeps at its usual level."""
-
-    def labels(labeled: Frames, unlabeled: Frames) -> Tensor:
-        (rule,) = (rule for rule in rules(labeled.classes) if rule.name == name)
-        return frame_by_frame(rule.fit(labeled)(rule.usual), unlabeled)
-
-    return labels
-
-
-def by_class(labeled: Frames, alpha: float | list[float] = ALPHA) -> Calibration:
-    calibrator = ClassConditionalCalibrator(len(labeled.classes))
-    return calibrator.update(labeled.logits, labeled.labels).compute(alpha, "pooled")
-
-
-def recalibrated(labeled: Frames) -> Calibration:
-    """Temperature and class biases from every second labeled frame, thresholds from the others.
-
-    A class that too few frames show has the threshold of all.
-    """
-    every = list(range(len(labeled)))
-    before, after = labeled[every[::2]], labeled[every[1::2]]
-    calibrator = recalibrate(
-        partial(ClassConditionalCalibrator, len(labeled.classes)),
-        [(before.logits, before.labels)],
-        [(after.logits, after.labels)],
-    )
-    return calibrator.compute(ALPHA, "pooled")
-
-
-def recalibrated_alone(labeled: Frames, unlabeled: Frames) -> Tensor:
-    """Probabilities after recalibration, of all classes."""
-    score = cast("Recalibrated", recalibrated(labeled).score)
-    return score.logits(unlabeled.logits).softmax(1)
-
-
-def recalibrated_on_all(labeled: Frames, unlabeled: Frames) -> Tensor:
-    """As :func:`recalibrated_alone`, from all labeled frames: thresholds, which need others, are none."""
-    make = partial(ClassConditionalCalibrator, len(labeled.classes))
-    score = recalibrate(make, [(labeled.logits, labeled.labels)], []).score
-    return cast("Recalibrated", score).logits(unlabeled.logits).softmax(1)
-
-
-def recalibrated_labels(labeled: Frames, unlabeled: Frames) -> Tensor:
-    return recalibrated_alone(labeled, unlabeled).argmax(1)
-
-
-REFINING_STEPS = 600
-
-
-class Refined(nn.Module):
-    """The annotator's log-probabilities, and what a network adds to them that sees the image too."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.correction = Student(classes, 3 + classes)
-        nn.init.zeros_(self.correction.net.head.weight)
-        nn.init.zeros_(cast("Tensor", self.correction.net.head.bias))
-
-    def forward(self, images: Tensor, logits: Tensor) -> Tensor:
-        """Logits. ``(B, 3, H, W)`` and ``(B, C, H, W)`` to ``(B, C, H, W)``."""
-        known = logits.log_softmax(1).clamp(min=-12)
-        seen = torch.cat((NORMALIZE(images.float() / 255), known / 6), 1)
-        return known + self.correction(seen.to(memory_format=torch.channels_last))
-
-
-def refined(labeled: Frames, unlabeled: Frames) -> Tensor:
-    """Probabilities of an annotator that learned from every second labeled frame.
-
-    Trained as students are, on mirrored frames of other brightness. Class weights, without which
-    it would learn nothing of rare classes, are divided out: students have their own.
-    """
-    classes = len(labeled.classes)
-    known = labeled[list(range(0, len(labeled), 2))]
-    weights = torch.tensor(class_weights_from([known.labels], classes))
-    chance = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = Refined(classes).to(memory_format=torch.channels_last)
-    average = MovingAverage(network, DECAY)
-    optimizer = torch.optim.AdamW(network.parameters(), LR, weight_decay=0.01)
-    for step in range(REFINING_STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = LR * (1 - step / REFINING_STEPS) ** 0.9
-        some = known[torch.randint(len(known), (LABELED,), generator=chance).tolist()]
-        views = [some.images.float(), some.logits, some.labels]
-        if torch.rand((), generator=chance) < 0.5:
-            views = [view.flip(-1) for view in views]
-        images, logits, labels = views
-        light = 1 + 0.2 * torch.randn(LABELED, 1, 1, 1, generator=chance)
-        tint = 12 * torch.randn(LABELED, 3, 1, 1, generator=chance)
-        loss = masked_cross_entropy(
-            network((images * light + tint).clamp(0, 255), logits), labels, class_weights=weights
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        average.update(network)
-    learned = average.module
-    with torch.no_grad():
-        told = [
-            learned(image[None], logits[None])
-            for image, logits in zip(unlabeled.images, unlabeled.logits, strict=True)
-        ]
-    return (torch.cat(told) - weights.log().view(-1, 1, 1)).softmax(1)
-
-
-def probabilities(labeled: Frames, unlabeled: Frames) -> Tensor:
-    """The annotator's, as they are."""
-    del labeled
-    return unlabeled.logits.softmax(1)
-
-
-def levels_by_class(labeled: Frames, unlabeled: Frames) -> Tensor:
-    """The argmax in the set, where a frequent class is left out more readily than a rare one."""
-    classes = len(labeled.classes)
-    counts = torch.bincount(labeled.labels[labeled.labels < classes], minlength=classes)
-    alphas = (ALPHA * (counts / counts.double().mean()).sqrt()).clamp(0.01, 0.5).tolist()
-    return frame_by_frame(Argmax(by_class(labeled, alphas)), unlabeled)
-
-
-def the_set(labeled: Frames, unlabeled: Frames) -> Tensor:
-    """One share for each class of the set, 0 for all others."""
-    shares = in_the_set(by_class)(labeled, unlabeled)
-    return (shares > 0) / (shares > 0).sum(1, keepdim=True).clamp(min=1)
-
-
-def in_the_set(calibrate: Callable[[Frames], Calibration]) -> Labels:
-    """Probabilities of the classes of a set, 0 for all others."""
-
-    def labels(labeled: Frames, unlabeled: Frames) -> Tensor:
-        return frame_by_frame(SoftLabels(calibrate(labeled)), unlabeled)
-
-    return labels
-
-
-# --- the arms -------------------------------------------------------------------------------------
-
-Recipe = Callable[[int, int, tuple[int, int]], TrainConfig]  # classes, steps, crop
-
-
-def labels_only(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
-    return supervised(classes, steps=steps, crop=crop)
-
-
-def external(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
-    return strong(conformal_sam(classes, external_steps=steps, self_steps=0, crop=crop))
-
-
-def then_self(
-    classes: int, steps: int, crop: tuple[int, int], own: Own = "labels", share: int = 4
-) -> TrainConfig:
-    last = steps // share
-    return strong(
-        conformal_sam(
-            classes,
-            external_steps=steps - last,
-            self_steps=last,
-            crop=crop,
-            own=own,
-            ema_decay=DECAY,
-        )
-    )
-
-
-def then_joint(classes: int, steps: int, crop: tuple[int, int], own: Own = "labels") -> TrainConfig:
-    last = steps // 4
-    first = conformal_sam(classes, external_steps=steps - last, self_steps=0, crop=crop).stages
-    second = Stage(name="joint", steps=last, source="teacher", merge="multiply", own=own)
-    return strong(
-        TrainConfig(num_classes=classes, stages=(*first, second), crop=crop, ema_decay=DECAY)
-    )
-
-
-def over_all_pixels(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
-    """The fewer labels are kept, the less the unlabeled frames count."""
-    config = external(classes, steps, crop)
-    stages = tuple(replace(stage, denominator="valid") for stage in config.stages)
-    return replace(config, stages=stages)
-
-
-def any_of_the_set(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
-    """A loss that asks for any class that is left: ``-log`` of their probabilities' sum.
-
-    Its gradient is that of cross-entropy with the student's own probabilities within the set,
-    which here are those of the view without other colors.
-    """
-    stage = Stage(name="set", steps=steps, source="student", merge="multiply", own="probabilities")
-    return strong(TrainConfig(num_classes=classes, stages=(stage,), crop=crop, ema_decay=DECAY))
-
-
-def self_trained(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
-    return self_training(
-        classes, warmup_steps=steps // 3, steps=steps - steps // 3, crop=crop, ema_decay=DECAY
-    )
-
-
-def weak_to_strong(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
-    return unimatch_like(classes, steps=steps, crop=crop, perturb=(f"net.down.{DEPTH - 1}",))
-
-
-def weak_to_strong_with_labels(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
-    config = weak_to_strong(classes, steps, crop)
-    return replace(config, stages=(replace(config.stages[0], merge="prefer_external"),))
-
-
-def strong(config: TrainConfig) -> TrainConfig:
-    """With other colors and boxes of other frames in the unlabeled ones, in all stages."""
-    return replace(
-        config,
-        stages=tuple(replace(stage, strong_views=1, cutmix=0.5) for stage in config.stages),
-    )
-
-
-@dataclass(frozen=True)
-class Arm:
-    """External labels, and how they are learned from; with ``again``, of the labeled frames."""
-
-    labels: Labels
-    recipe: Recipe
-    again: bool = False
-
-    def taught(self, split: "Split") -> Frames:
-        """The frames that have external labels."""
-        return split.labeled if self.again else split.unlabeled
-
-
-# In the order in which they are run: those that matter most come first.
-ARMS = {
-    "labels only": Arm(nothing, labels_only),
-    "labels only, strong views too": Arm(truth, external, again=True),
-    "raw": Arm(raw, external),
-    "recalibrated probabilities": Arm(recalibrated_alone, external),
-    "recalibrated probabilities in the set": Arm(in_the_set(recalibrated), external),
-    "recalibrated probabilities in the set, then self-reliance": Arm(
-        in_the_set(recalibrated), then_self
-    ),
-    "recalibrated probabilities, then self-reliance": Arm(
-        recalibrated_alone, partial(then_self, own="probabilities")
-    ),
-    "recalibrated probabilities, then joint": Arm(
-        recalibrated_alone, partial(then_joint, own="probabilities")
-    ),
-    "all true labels": Arm(truth, external),
-    "drop every wrong label": Arm(right_only, external),
-    "argmax in the set, by class": Arm(kept_by("class: Argmax"), external),
-    "probabilities in the set": Arm(in_the_set(by_class), external),
-    "singletons, by class": Arm(kept_by("class: Singleton"), external),
-    "singletons, pooled": Arm(kept_by("pooled: Singleton"), external),
-    "recalibrated probabilities in the set, then joint": Arm(in_the_set(recalibrated), then_joint),
-    "argmax in the set, by class, then self-reliance": Arm(kept_by("class: Argmax"), then_self),
-    "self-training alone": Arm(nothing, self_trained),
-    "weak to strong": Arm(nothing, weak_to_strong),
-    "weak to strong with argmax in the set": Arm(
-        kept_by("class: Argmax"), weak_to_strong_with_labels
-    ),
-    "argmax in the set, pooled": Arm(kept_by("pooled: Argmax"), external),
-    "any class of the set, by class": Arm(the_set, any_of_the_set),
-    "confidence .95": Arm(kept_by("confidence"), external),
-    "most likely class if in the set, by class": Arm(kept_by("class: Top"), external),
-    "at most two, by class": Arm(kept_by("class: AtMost 2"), external),
-    "road as background, by class": Arm(kept_by("class: Road as background"), external),
-    "argmax in the set, by location": Arm(kept_by("location: Argmax"), external),
-    "argmax in the set, clustered": Arm(kept_by("clusters: Argmax"), external),
-    "controlled error per class": Arm(kept_by("controlled error per class"), external),
-    "probabilities": Arm(probabilities, external),
-    "recalibrated probabilities, from all labeled frames": Arm(recalibrated_on_all, external),
-    "recalibrated labels": Arm(recalibrated_labels, external),
-    "refined probabilities": Arm(refined, external),
-    "equal shares of the set, by class": Arm(the_set, external),
-    "argmax in the set, levels by class": Arm(levels_by_class, external),
-    "singletons, by class, over all pixels": Arm(kept_by("class: Singleton"), over_all_pixels),
-    "recalibrated probabilities, then joint labels": Arm(recalibrated_alone, then_joint),
-    "recalibrated probabilities, then self-reliance for half": Arm(
-        recalibrated_alone, partial(then_self, own="probabilities", share=2)
-    ),
-}
-
-
-BESIDE = ("labels only", "raw", "recalibrated probabilities")  # what others are compared with
-
-
-# --- running --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -429,20 +80,6 @@ class Task:
 
     def key(self, size: str) -> Key:
         return (self.arm, str(self.count), str(self.seed), size, self.held_out, str(self.steps))
-
-
-@dataclass(frozen=True)
-class Split:
-    """Who trains and who tests."""
-
-    labeled: Frames
-    unlabeled: Frames
-    test: Frames
-
-    @property
-    def size(self) -> str:
-        height, width = self.test.labels.shape[1:]
-        return f"{height}x{width}"
 
 
 def config_of(task: Task, split: Split) -> TrainConfig:
@@ -465,24 +102,6 @@ def config_of(task: Task, split: Split) -> TrainConfig:
         seed=task.seed,
         head_multiplier=1.0,
     )
-
-
-def split_of(train: Frames, val: Frames, labeled: list[int], held_out: str) -> Split:
-    """The frames of a count; those of a held-out video are tested and never trained on."""
-    away = [index for index, video in enumerate(train.videos) if video == held_out]
-    if held_out and not away:
-        raise SystemExit(f"--hold-out must name a video of {sorted(set(train.videos))}")
-    chosen, gone = set(labeled), set(away)
-    others = [index for index in range(len(train)) if index not in chosen | gone]
-    new = train[away]
-    test = replace(
-        val,
-        names=val.names + new.names,
-        images=torch.cat((val.images, new.images)),
-        logits=torch.cat((val.logits, new.logits)),
-        labels=torch.cat((val.labels, new.labels)),
-    )
-    return Split(train[[index for index in labeled if index not in gone]], train[others], test)
 
 
 def pairs(of: Frames, labels: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -1,0 +1,182 @@
+"""What becomes of an annotator's labels of the unlabeled frames: the external labels of an arm."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+import torch
+from frames import Frames
+from labels import rules
+from student import DECAY, LABELED, LR, NORMALIZE, Student
+from torch import Tensor, nn
+
+from cpseg import Argmax, Calibration, ClassConditionalCalibrator
+from cpseg.filters import SoftLabels
+from cpseg.fitted import Recalibrated, recalibrate
+from cpseg.training import MovingAverage, class_weights_from, masked_cross_entropy
+
+ALPHA = 0.1
+
+Labels = Callable[[Frames, Frames], Tensor]  # labeled and unlabeled frames to labels of the latter
+
+
+def nothing(labeled: Frames, unlabeled: Frames) -> Tensor:
+    del labeled
+    return torch.full_like(unlabeled.labels, 255)
+
+
+def truth(labeled: Frames, unlabeled: Frames) -> Tensor:
+    del labeled
+    return unlabeled.labels
+
+
+def raw(labeled: Frames, unlabeled: Frames) -> Tensor:
+    del labeled
+    return unlabeled.logits.argmax(1)
+
+
+def right_only(labeled: Frames, unlabeled: Frames) -> Tensor:
+    del labeled
+    found = unlabeled.logits.argmax(1)
+    return torch.where(found == unlabeled.labels, found, 255)
+
+
+def frame_by_frame(keep: Callable[[Tensor], Tensor], frames: Frames) -> Tensor:
+    return torch.cat([keep(logits[None]) for logits in frames.logits])
+
+
+def kept_by(name: str) -> Labels:
+    """What a rule of ``labels.py`` keeps at its usual level."""
+
+    def labels(labeled: Frames, unlabeled: Frames) -> Tensor:
+        (rule,) = (rule for rule in rules(labeled.classes) if rule.name == name)
+        return frame_by_frame(rule.fit(labeled)(rule.usual), unlabeled)
+
+    return labels
+
+
+def by_class(labeled: Frames, alpha: float | list[float] = ALPHA) -> Calibration:
+    calibrator = ClassConditionalCalibrator(len(labeled.classes))
+    return calibrator.update(labeled.logits, labeled.labels).compute(alpha, "pooled")
+
+
+def recalibrated(labeled: Frames) -> Calibration:
+    """Temperature and class biases from every second labeled frame, thresholds from the others.
+
+    A class that too few frames show has the threshold of all.
+    """
+    every = list(range(len(labeled)))
+    before, after = labeled[every[::2]], labeled[every[1::2]]
+    calibrator = recalibrate(
+        partial(ClassConditionalCalibrator, len(labeled.classes)),
+        [(before.logits, before.labels)],
+        [(after.logits, after.labels)],
+    )
+    return calibrator.compute(ALPHA, "pooled")
+
+
+def recalibrated_alone(labeled: Frames, unlabeled: Frames) -> Tensor:
+    """Probabilities after recalibration, of all classes."""
+    score = cast("Recalibrated", recalibrated(labeled).score)
+    return score.logits(unlabeled.logits).softmax(1)
+
+
+def recalibrated_on_all(labeled: Frames, unlabeled: Frames) -> Tensor:
+    """As :func:`recalibrated_alone`, from all labeled frames: thresholds, which need others, are none."""
+    make = partial(ClassConditionalCalibrator, len(labeled.classes))
+    score = recalibrate(make, [(labeled.logits, labeled.labels)], []).score
+    return cast("Recalibrated", score).logits(unlabeled.logits).softmax(1)
+
+
+def recalibrated_labels(labeled: Frames, unlabeled: Frames) -> Tensor:
+    return recalibrated_alone(labeled, unlabeled).argmax(1)
+
+
+REFINING_STEPS = 600
+
+
+class Refined(nn.Module):
+    """The annotator's log-probabilities, and what a network adds to them that sees the image too."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.correction = Student(classes, 3 + classes)
+        nn.init.zeros_(self.correction.net.head.weight)
+        nn.init.zeros_(cast("Tensor", self.correction.net.head.bias))
+
+    def forward(self, images: Tensor, logits: Tensor) -> Tensor:
+        """Logits. ``(B, 3, H, W)`` and ``(B, C, H, W)`` to ``(B, C, H, W)``."""
+        known = logits.log_softmax(1).clamp(min=-12)
+        seen = torch.cat((NORMALIZE(images.float() / 255), known / 6), 1)
+        return known + self.correction(seen.to(memory_format=torch.channels_last))
+
+
+def refined(labeled: Frames, unlabeled: Frames) -> Tensor:
+    """Probabilities of an annotator that learned from every second labeled frame.
+
+    Trained as students are, on mirrored frames of other brightness. Class weights, without which
+    it would learn nothing of rare classes, are divided out: students have their own.
+    """
+    classes = len(labeled.classes)
+    known = labeled[list(range(0, len(labeled), 2))]
+    weights = torch.tensor(class_weights_from([known.labels], classes))
+    chance = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Refined(classes).to(memory_format=torch.channels_last)
+    average = MovingAverage(network, DECAY)
+    optimizer = torch.optim.AdamW(network.parameters(), LR, weight_decay=0.01)
+    for step in range(REFINING_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = LR * (1 - step / REFINING_STEPS) ** 0.9
+        some = known[torch.randint(len(known), (LABELED,), generator=chance).tolist()]
+        views = [some.images.float(), some.logits, some.labels]
+        if torch.rand((), generator=chance) < 0.5:
+            views = [view.flip(-1) for view in views]
+        images, logits, labels = views
+        light = 1 + 0.2 * torch.randn(LABELED, 1, 1, 1, generator=chance)
+        tint = 12 * torch.randn(LABELED, 3, 1, 1, generator=chance)
+        loss = masked_cross_entropy(
+            network((images * light + tint).clamp(0, 255), logits), labels, class_weights=weights
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        average.update(network)
+    learned = average.module
+    with torch.no_grad():
+        told = [
+            learned(image[None], logits[None])
+            for image, logits in zip(unlabeled.images, unlabeled.logits, strict=True)
+        ]
+    return (torch.cat(told) - weights.log().view(-1, 1, 1)).softmax(1)
+
+
+def probabilities(labeled: Frames, unlabeled: Frames) -> Tensor:
+    """The annotator's, as they are."""
+    del labeled
+    return unlabeled.logits.softmax(1)
+
+
+def levels_by_class(labeled: Frames, unlabeled: Frames) -> Tensor:
+    """The argmax in the set, where a frequent class is left out more readily than a rare one."""
+    classes = len(labeled.classes)
+    counts = torch.bincount(labeled.labels[labeled.labels < classes], minlength=classes)
+    alphas = (ALPHA * (counts / counts.double().mean()).sqrt()).clamp(0.01, 0.5).tolist()
+    return frame_by_frame(Argmax(by_class(labeled, alphas)), unlabeled)
+
+
+def the_set(labeled: Frames, unlabeled: Frames) -> Tensor:
+    """One share for each class of the set, 0 for all others."""
+    shares = in_the_set(by_class)(labeled, unlabeled)
+    return (shares > 0) / (shares > 0).sum(1, keepdim=True).clamp(min=1)
+
+
+def in_the_set(calibrate: Callable[[Frames], Calibration]) -> Labels:
+    """Probabilities of the classes of a set, 0 for all others."""
+
+    def labels(labeled: Frames, unlabeled: Frames) -> Tensor:
+        return frame_by_frame(SoftLabels(calibrate(labeled)), unlabeled)
+
+    return labels
