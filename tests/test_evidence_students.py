@@ -2,16 +2,12 @@
 
 import csv
 import json
-from math import exp
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import nll_loss
-
-from cpseg.training import class_weights_from
 
 EVIDENCE = Path(__file__).parents[1] / "benchmarks" / "evidence"
 ARMS = ["labels only", "raw", "recalibrated probabilities in the set, then joint"]
@@ -151,24 +147,18 @@ def test_intervals_are_students(students: Any) -> None:
     assert students.interval([]) == ""
 
 
-def test_an_annotator_is_refined_by_labels(students: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_annotator_is_refined_on_every_second_labeled_frame(
+    students: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import external_labels as script  # type: ignore[import-not-found]  # noqa: PLC0415
 
-    frames, new = students.shapes(12, 2, "train0"), students.shapes(6, 3, "train1")
-    monkeypatch.setattr(script, "REFINING_STEPS", 0)
-    before = script.refined(frames, new)
-    weights = torch.tensor(class_weights_from([frames[list(range(0, 12, 2))].labels], 6))
-    wanted = new.logits.softmax(1).clamp(min=exp(-12)) / weights.view(-1, 1, 1)
-    torch.testing.assert_close(before, wanted / wanted.sum(1, keepdim=True))
-
-    monkeypatch.setattr(script, "REFINING_STEPS", 2)
+    monkeypatch.setattr(script, "REFINING_STEPS", 4)
+    frames, new = students.shapes(6, 2, "train0"), students.shapes(3, 3, "train1")
     state = torch.get_rng_state()
-    torch.testing.assert_close(script.refined(frames, new), script.refined(frames, new))
+    found = script.refined(frames, new)
     assert torch.equal(state, torch.get_rng_state())
-
-    monkeypatch.setattr(script, "REFINING_STEPS", 60)
-    monkeypatch.setattr(script, "LR", 0.01)  # what 600 steps of a tenth of that do
-    after = script.refined(frames, new)
-    torch.testing.assert_close(after.sum(1), torch.ones(6, 32, 32))
-    cost = [float(nll_loss(told.log(), new.labels, ignore_index=255)) for told in (before, after)]
-    assert cost[1] < 0.9 * cost[0]
+    torch.testing.assert_close(found.sum(1), torch.ones(3, 32, 32))
+    frames.labels[1::2] = 0
+    torch.testing.assert_close(script.refined(frames, new), found)
+    frames.labels[::2] = 0
+    assert not torch.allclose(script.refined(frames, new), found)

@@ -34,6 +34,7 @@ from cpseg.training import (
     TwoStageObjective,
     UNet,
     conformal_sam,
+    refine,
 )
 from cpseg.training.config import trainer_from_file
 
@@ -333,14 +334,20 @@ def test_training(
         num_classes=21,
     )
     assert len(set(found["config"].class_weights)) > 1
-    held_out = [(torch.randn(1, 21, 4, 6), torch.randint(21, (1, 4, 6))) for _ in range(18)]
-    found = guide.run("from functools", held_out=held_out, **folders)
+    known = [(image, torch.randn(21, 40, 36), label) for image, _ in shapes]
+    pictures = {"2": shapes[2][0]}
+    monkeypatch.setattr("cpseg.training.refine", partial(refine, steps=2))
+    found = guide.run(
+        "from torch import nn", labeled_with_logits=known, pictures=pictures, **folders
+    )
     told = found["unlabeled"][0][1]
     torch.testing.assert_close(told.sum(0), torch.ones(40, 36))
     assert not torch.equal(told, logits["2"].softmax(0))
     assert found["trainer"].config.class_weights == found["config"].class_weights
     assert found["trainer"].batches.color == found["mild"]
     found["trainer"].fit()
+    found = guide.run("calibrator = ClassConditionalCalibrator", num_classes=21)
+    assert found["calibration"].num_classes == 21
 
     sizes = transformers.SegformerConfig(
         num_labels=21,

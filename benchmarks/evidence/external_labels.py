@@ -7,13 +7,13 @@ from typing import cast
 import torch
 from frames import Frames
 from labels import rules
-from student import DECAY, LABELED, LR, NORMALIZE, Student
+from student import DECAY, LABELED, LR, Student
 from torch import Tensor, nn
 
 from cpseg import Argmax, Calibration, ClassConditionalCalibrator
 from cpseg.filters import SoftLabels
 from cpseg.fitted import Recalibrated, recalibrate
-from cpseg.training import MovingAverage, class_weights_from, masked_cross_entropy
+from cpseg.training import class_weights_from, refine
 
 ALPHA = 0.1
 
@@ -95,62 +95,30 @@ def recalibrated_labels(labeled: Frames, unlabeled: Frames) -> Tensor:
 REFINING_STEPS = 600
 
 
-class Refined(nn.Module):
-    """The annotator's log-probabilities, and what a network adds to them that sees the image too."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.correction = Student(classes, 3 + classes)
-        nn.init.zeros_(self.correction.net.head.weight)
-        nn.init.zeros_(cast("Tensor", self.correction.net.head.bias))
-
-    def forward(self, images: Tensor, logits: Tensor) -> Tensor:
-        """Logits. ``(B, 3, H, W)`` and ``(B, C, H, W)`` to ``(B, C, H, W)``."""
-        known = logits.log_softmax(1).clamp(min=-12)
-        seen = torch.cat((NORMALIZE(images.float() / 255), known / 6), 1)
-        return known + self.correction(seen.to(memory_format=torch.channels_last))
-
-
 def refined(labeled: Frames, unlabeled: Frames) -> Tensor:
-    """Probabilities of an annotator that learned from every second labeled frame.
-
-    Trained as students are, on mirrored frames of other brightness. Class weights, without which
-    it would learn nothing of rare classes, are divided out: students have their own.
-    """
+    """Probabilities of the annotator, refined on every second labeled frame."""
     classes = len(labeled.classes)
     known = labeled[list(range(0, len(labeled), 2))]
-    weights = torch.tensor(class_weights_from([known.labels], classes))
-    chance = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = Refined(classes).to(memory_format=torch.channels_last)
-    average = MovingAverage(network, DECAY)
-    optimizer = torch.optim.AdamW(network.parameters(), LR, weight_decay=0.01)
-    for step in range(REFINING_STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = LR * (1 - step / REFINING_STEPS) ** 0.9
-        some = known[torch.randint(len(known), (LABELED,), generator=chance).tolist()]
-        views = [some.images.float(), some.logits, some.labels]
-        if torch.rand((), generator=chance) < 0.5:
-            views = [view.flip(-1) for view in views]
-        images, logits, labels = views
-        light = 1 + 0.2 * torch.randn(LABELED, 1, 1, 1, generator=chance)
-        tint = 12 * torch.randn(LABELED, 3, 1, 1, generator=chance)
-        loss = masked_cross_entropy(
-            network((images * light + tint).clamp(0, 255), logits), labels, class_weights=weights
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        average.update(network)
-    learned = average.module
+        network = Student(classes, 3 + classes).to(memory_format=torch.channels_last)
+    nn.init.zeros_(network.net.head.weight)
+    nn.init.zeros_(cast("Tensor", network.net.head.bias))
+    learned = refine(
+        network,
+        list(zip(known.images, known.logits, known.labels, strict=True)),
+        class_weights=class_weights_from([known.labels], classes),
+        steps=REFINING_STEPS,
+        batch=LABELED,
+        lr=LR,
+        ema_decay=DECAY,
+    )
     with torch.no_grad():
         told = [
             learned(image[None], logits[None])
             for image, logits in zip(unlabeled.images, unlabeled.logits, strict=True)
         ]
-    return (torch.cat(told) - weights.log().view(-1, 1, 1)).softmax(1)
+    return torch.cat(told).softmax(1)
 
 
 def probabilities(labeled: Frames, unlabeled: Frames) -> Tensor:

@@ -40,6 +40,7 @@ from cpseg.training.recipes import (
     supervised,
     unimatch_like,
 )
+from cpseg.training.refining import Refined, refine
 from cpseg.training.schedules import Complement, Constant, Exponential, Linear, Poly, Schedule
 from cpseg.training.students import UNet, logits_of
 from cpseg.training.targets import (
@@ -78,6 +79,7 @@ __all__ = [
     "Poly",
     "Processes",
     "PseudoLabelStore",
+    "Refined",
     "Relabeled",
     "Schedule",
     "Stage",
@@ -106,6 +108,7 @@ __all__ = [
     "multiply_probabilities",
     "processes",
     "random_state",
+    "refine",
     "save_checkpoint",
     "seed_everything",
     "self_training",
