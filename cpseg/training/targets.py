@@ -257,7 +257,7 @@ def class_weights_from(
     Examples:
         >>> labels = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 0, 0, 1], [255] * 10])
         >>> [round(weight, 2) for weight in class_weights_from([labels], num_classes=2)]
-        [0.79, 2.37]
+        [0.83, 2.5]
     """
     counts = torch.zeros(num_classes, dtype=torch.int64)
     for each in labels:
