@@ -60,13 +60,18 @@ def by_class(labeled: Frames, alpha: float | list[float] = ALPHA) -> Calibration
     return calibrator.update(labeled.logits, labeled.labels).compute(alpha, "pooled")
 
 
+def halves(labeled: Frames) -> tuple[Frames, Frames]:
+    """Every second labeled frame, to learn from, and the others, to calibrate on."""
+    every = list(range(len(labeled)))
+    return labeled[every[::2]], labeled[every[1::2]]
+
+
 def recalibrated(labeled: Frames) -> Calibration:
     """Temperature and class biases from every second labeled frame, thresholds from the others.
 
     A class that too few frames show has the threshold of all.
     """
-    every = list(range(len(labeled)))
-    before, after = labeled[every[::2]], labeled[every[1::2]]
+    before, after = halves(labeled)
     calibrator = recalibrate(
         partial(ClassConditionalCalibrator, len(labeled.classes)),
         [(before.logits, before.labels)],
@@ -98,7 +103,7 @@ REFINING_STEPS = 600
 def refined(labeled: Frames, unlabeled: Frames) -> Tensor:
     """Probabilities of the annotator, refined on every second labeled frame."""
     classes = len(labeled.classes)
-    known = labeled[list(range(0, len(labeled), 2))]
+    known, _ = halves(labeled)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = Student(classes, 3 + classes).to(memory_format=torch.channels_last)

@@ -16,7 +16,7 @@ from cpseg._tiles import upcast
 from cpseg.errors import InputError
 from cpseg.training.averaging import MovingAverage
 from cpseg.training.batches import Normalize
-from cpseg.training.targets import masked_cross_entropy
+from cpseg.training.targets import check_classes, masked_cross_entropy
 
 __all__ = ["Refined", "refine"]
 
@@ -172,17 +172,10 @@ def _stacked(
                 "examples must be bytes (3, H, W), logits (C, H, W) and labels (H, W); got "
                 f"{image.dtype} {shapes[0]}, {tuple(logits.shape)} and {shapes[1]}"
             )
-        outside = (label != ignore_index) & ((label < 0) | (label >= len(logits)))
-        if bool(outside.any()):
-            raise InputError(
-                f"labels must be classes below {len(logits)} or ignore_index {ignore_index}; "
-                f"got {int(outside.sum())} other pixels"
-            )
-    if len({tuple(logits.shape) for _, logits, _ in examples}) > 1:
-        raise InputError(
-            "examples of one step must be of one size; got "
-            f"{sorted({tuple(logits.shape) for _, logits, _ in examples})}"
-        )
+        check_classes(label, len(logits), ignore_index)
+    sizes = {tuple(logits.shape) for _, logits, _ in examples}
+    if len(sizes) > 1:
+        raise InputError(f"examples of one step must be of one size; got {sorted(sizes)}")
     images, logits, labels = (
         torch.stack(parts).to(device) for parts in zip(*examples, strict=True)
     )

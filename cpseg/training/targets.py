@@ -261,20 +261,26 @@ def class_weights_from(
     """
     counts = torch.zeros(num_classes, dtype=torch.int64)
     for each in labels:
+        check_classes(each, num_classes, ignore_index)
         wide = each.long()
         kept = wide[wide != ignore_index].cpu()
-        outside = int(((kept < 0) | (kept >= num_classes)).sum())
-        if outside:
-            raise InputError(
-                f"labels must be classes below {num_classes} or ignore_index {ignore_index}; "
-                f"got {outside} other pixels"
-            )
         counts += torch.bincount(kept, minlength=num_classes)
     if not counts.any():
         raise InputError("labels must have a labeled pixel; got none")
     shares = counts.double() / counts.sum()
     weights = shares.clamp(min=1e-4).rsqrt()
     return tuple((weights / (weights * shares).sum()).tolist())
+
+
+def check_classes(labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Refuse labels that are neither a class nor ignored; waits for their device."""
+    wide = labels.long()
+    outside = int(((wide != ignore_index) & ((wide < 0) | (wide >= num_classes))).sum())
+    if outside:
+        raise InputError(
+            f"labels must be classes below {num_classes} or ignore_index {ignore_index}; "
+            f"got {outside} other pixels"
+        )
 
 
 def _soft_cross_entropy(logits: Tensor, shares: Tensor, class_weights: Tensor | None) -> Tensor:
