@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -60,11 +61,42 @@ def test_a_run_that_was_cut_ends_as_one_that_was_not(students: Any, tmp_path: Pa
     frames, val = students.shapes(20, 2, "train0"), students.shapes(4, 3, "valid0")
     split = students.split_of(frames, val, list(range(12)), "")
     task = students.Task("raw", 12, 0, "", 5, "fp32")
-    whole, _ = students.train(task, split, tmp_path / "whole", float("inf"))
-    parts = [students.train(task, split, tmp_path / "cut", 0.0) for _ in range(5)]
+    external = split.unlabeled.logits.argmax(1)
+    whole = students.train(task, split, external, tmp_path / "whole", float("inf"))
+    parts = [students.train(task, split, external, tmp_path / "cut", 0.0) for _ in range(5)]
     assert parts[:4] == [None] * 4  # a step each
-    for a, b in zip(whole.parameters(), parts[4][0].parameters(), strict=True):
+    for a, b in zip(whole.parameters(), parts[4].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_seeds_and_arms_share_external_labels(
+    students: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def labels(labeled: Any, unlabeled: Any) -> torch.Tensor:
+        made.append(len(labeled))
+        return unlabeled.logits.argmax(1)
+
+    for arm in ("one", "two"):
+        monkeypatch.setitem(students.ARMS, arm, replace(students.ARMS["raw"], labels=labels))
+    frames, val = students.shapes(20, 2, "train0"), students.shapes(4, 3, "valid0")
+    tasks = [
+        students.Task(arm, count, seed, "", 1, "fp32")
+        for count in (8, 12)
+        for seed in (0, 1)
+        for arm in ("one", "two")
+    ]
+    results = tmp_path / "students.csv"
+    students.run(
+        tasks,
+        lambda count, out: students.split_of(frames, val, list(range(count)), out),
+        results,
+        work=tmp_path / "work",
+        minutes=60,
+    )
+    assert made == [8, 12]
+    assert len(students.rows_of(results)) == len(tasks)
 
 
 def test_a_run_of_another_process_is_left_alone(students: Any, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The objective: sources, stages, one forward pass, and a loss that is never NaN."""
 
 from dataclasses import replace
+from itertools import product
 from typing import Any, Literal, get_args
 
 import pytest
@@ -112,26 +113,36 @@ def test_class_weights_reach_both_losses(soft: bool) -> None:  # noqa: FBT001
         assert max(parts) < whole
 
 
-def test_multiplied_probabilities_choose_among_the_classes_left() -> None:
+Joint = Literal["multiply", "pool"]
+
+
+def together(own: Tensor, external: Tensor, merge: Joint | None) -> Tensor:
+    """Probabilities of a network and external ones as one, by their definitions."""
+    if merge is None:
+        return own
+    joint = (own * external) ** {"multiply": 1.0, "pool": 0.5}[merge]
+    return joint / joint.sum(1, keepdim=True).clamp(min=1e-9)
+
+
+@pytest.mark.parametrize("merge", get_args(Joint))
+def test_joint_probabilities_choose_among_the_classes_left(merge: Joint) -> None:
     batch, network = soft_batch(), student().eval()
-    stage = Stage(name="m", steps=1, source="teacher", merge="multiply", threshold=0.4)
+    stage = Stage(name="m", steps=1, source="teacher", merge=merge, threshold=0.4)
     found = TwoStageObjective((stage,)).targets(stage, network, batch)
-    joint = network(batch.weak).softmax(1) * batch.external
-    best, labels = (joint / joint.sum(1, keepdim=True)).max(1)
+    best, labels = together(network(batch.weak).softmax(1), batch.external, merge).max(1)
     assert torch.equal(found.labels[found.kept], labels[found.kept])
     assert torch.equal(found.kept, (best >= 0.4) & batch.valid)
     assert bool((batch.external.gather(1, found.labels[:, None])[:, 0] > 0)[found.kept].all())
 
 
-@pytest.mark.parametrize("merge", [None, "multiply"])
-def test_own_probabilities_are_trained_on_as_they_are(merge: Literal["multiply"] | None) -> None:
+@pytest.mark.parametrize("merge", [None, *get_args(Joint)])
+def test_own_probabilities_are_trained_on_as_they_are(merge: Joint | None) -> None:
     batch, network = soft_batch(), student().eval()
     stage = Stage(name="o", steps=1, source="teacher", merge=merge, own="probabilities")
     stage = replace(stage, threshold=0.4)
     objective = TwoStageObjective((stage,))
     found = objective.targets(stage, network, batch)
-    joint = network(batch.weak).softmax(1) * (batch.external if merge else 1)
-    joint /= joint.sum(1, keepdim=True).clamp(min=1e-9)
+    joint = together(network(batch.weak).softmax(1), batch.external, merge)
     torch.testing.assert_close(found.labels, joint)
     assert torch.equal(found.kept, (joint.amax(1) >= 0.4) & batch.valid)
     assert 0 < found.kept.float().mean() < 1
@@ -142,18 +153,17 @@ def test_own_probabilities_are_trained_on_as_they_are(merge: Literal["multiply"]
 
 
 @pytest.mark.parametrize("own", get_args(Own))
-@pytest.mark.parametrize("merge", [None, "multiply"])
-def test_class_weights_are_divided_out_of_own_probabilities(
-    own: Own, merge: Literal["multiply"] | None
-) -> None:
+@pytest.mark.parametrize("merge", [None, *get_args(Joint)])
+def test_class_weights_are_divided_out_of_own_probabilities(own: Own, merge: Joint | None) -> None:
     batch, network = soft_batch() if merge else make_batch(), student().eval()
     weights = (0.2, 1.0, 5.0, 0.0)  # a weight of 0 taught nothing, and takes nothing away
     stage = Stage(name="o", steps=1, source="teacher", merge=merge, own=own, threshold=0.5)
     found = TwoStageObjective((stage,), class_weights=weights).targets(stage, network, batch)
-    shares = network(batch.weak).softmax(1) * (batch.external if merge else 1)
+    shares = network(batch.weak).softmax(1)
     if own == "probabilities":
         shares = shares / torch.tensor([0.2, 1.0, 5.0, 1.0]).view(-1, 1, 1)
-    shares = shares / shares.sum(1, keepdim=True).clamp(min=1e-9)
+        shares = shares / shares.sum(1, keepdim=True)
+    shares = together(shares, batch.external, merge)
     confidence, labels = shares.max(1)
     assert torch.equal(found.kept, (confidence >= 0.5) & batch.valid)
     if own == "probabilities":
@@ -191,8 +201,8 @@ def test_abstained_pixels_are_not_kept_at_any_threshold() -> None:
     batch, network = soft_batch(), student()
     there = (batch.external > 0).any(1)
     assert not there.all()
-    for own in get_args(Own):
-        stage = Stage(name="m", steps=1, source="teacher", merge="multiply", own=own)
+    for own, merge in product(get_args(Own), get_args(Joint)):
+        stage = Stage(name="m", steps=1, source="teacher", merge=merge, own=own)
         found = TwoStageObjective((stage,)).targets(stage, network, batch)
         assert torch.equal(found.kept, there & batch.valid)
 
@@ -220,9 +230,11 @@ def test_own_labels_do_not_look_at_external_probabilities() -> None:
     assert torch.equal(found.kept, hard.kept)
 
 
-@pytest.mark.parametrize("merge", ["replace", "prefer_external", "fill", "agree", "multiply"])
+@pytest.mark.parametrize(
+    "merge", ["replace", "prefer_external", "fill", "agree", "multiply", "pool"]
+)
 def test_a_merge_refuses_the_other_kind_of_external_labels(merge: str) -> None:
-    batch = make_batch() if merge == "multiply" else soft_batch()
+    batch = make_batch() if merge in get_args(Joint) else soft_batch()
     stage = Stage(name="m", steps=1, source="student", merge=merge)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="batch's external must be"):
         TwoStageObjective((stage,)).targets(stage, student(), batch)

@@ -25,6 +25,7 @@ from cpseg.training import (
     masked_cross_entropy,
     merge_pseudo_labels,
     multiply_probabilities,
+    pool_probabilities,
 )
 
 seeds = st.integers(0, 2**32 - 1)
@@ -172,15 +173,33 @@ def some_probabilities(g: torch.Generator) -> Tensor:
 
 
 @given(seeds)
-def test_the_product_pixel_by_pixel(seed: int) -> None:
+def test_the_product_and_the_pool_pixel_by_pixel(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     logits, external = torch.randn(2, 4, 3, 5, generator=g), some_probabilities(g)
-    found = multiply_probabilities(logits, external)
-    for b, y, x in torch.ones(2, 3, 5).nonzero().tolist():
-        own = [math.exp(float(value)) for value in logits[b, :, y, x]]
-        joint = [p * float(q) for p, q in zip(own, external[b, :, y, x], strict=True)]
-        wanted = [value / (sum(joint) or 1) for value in joint]
-        assert found[b, :, y, x].tolist() == pytest.approx(wanted, rel=1e-4)
+    for join, power in ((multiply_probabilities, 1.0), (pool_probabilities, 0.5)):
+        found = join(logits, external)
+        for b, y, x in torch.ones(2, 3, 5).nonzero().tolist():
+            own = [math.exp(float(value)) for value in logits[b, :, y, x]]
+            both = zip(own, external[b, :, y, x].tolist(), strict=True)
+            joint = [(p * q) ** power for p, q in both]
+            wanted = [value / (sum(joint) or 1) for value in joint]
+            assert found[b, :, y, x].tolist() == pytest.approx(wanted, rel=1e-4)
+
+
+@given(seeds)
+def test_those_that_agree_are_no_surer_in_the_pool(seed: int) -> None:
+    external = some_probabilities(torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(pool_probabilities(external.log(), external), external)
+
+
+@given(seeds)
+def test_the_pool_leaves_possible_what_both_do(seed: int) -> None:
+    """So it may miss what either misses: their promises add up."""
+    g = torch.Generator().manual_seed(seed)
+    first, second = some_probabilities(g), some_probabilities(g)
+    pool = pool_probabilities(first.log(), second)
+    assert torch.equal(pool > 0, (first > 0) & (second > 0))
+    assert torch.equal(pool_probabilities(second.log(), first) > 0, pool > 0)
 
 
 @given(seeds)
@@ -197,9 +216,10 @@ def test_equal_shares_let_the_network_choose_within_the_set(seed: int) -> None:
 
 def test_a_product_with_unusable_logits_abstains() -> None:
     logits = torch.tensor([[0.0, math.nan], [-math.inf, -math.inf], [0.0, math.inf], [0.0, 1.0]])
-    found = multiply_probabilities(logits, torch.full((4, 2), 0.5))
-    assert found[:3].tolist() == [[0, 0]] * 3
-    assert found[3].sum() == pytest.approx(1)
+    for join in (multiply_probabilities, pool_probabilities):
+        found = join(logits, torch.full((4, 2), 0.5))
+        assert found[:3].tolist() == [[0, 0]] * 3
+        assert found[3].sum() == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -210,8 +230,9 @@ def test_a_product_with_unusable_logits_abstains() -> None:
     ],
 )
 def test_a_product_refuses_what_does_not_fit(external: Tensor, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        multiply_probabilities(torch.zeros(2, 3), external)
+    for join in (multiply_probabilities, pool_probabilities):
+        with pytest.raises(InputError, match=message):
+            join(torch.zeros(2, 3), external)
 
 
 # --- the loss -------------------------------------------------------------------------------------

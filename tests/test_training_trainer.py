@@ -688,6 +688,8 @@ def test_recipes_run_and_are_what_they_say(tmp_path: Path, caplog: Any) -> None:
     stages = [config.stages[1] for config in recipes[:2]]
     assert [stage.source for stage in stages] == ["student", "teacher"]
     assert [stage.own for stage in stages] == ["labels", "probabilities"]
+    both = conformal_sam(6, external_steps=2, self_steps=2, crop=(16, 16), merge="pool").stages[1]
+    assert both == replace(self_reliance, merge="pool")
     total = self_reliance.labeled_weight(0.3) + self_reliance.unlabeled_weight(0.3)
     assert total == pytest.approx(1)
     assert self_reliance.unlabeled_weight(1.0) == pytest.approx(0.5 / 2.718281828)

@@ -18,6 +18,7 @@ from external_labels import (
     recalibrated_labels,
     recalibrated_on_all,
     refined,
+    refined_both_ways,
     right_only,
     the_set,
     truth,
@@ -25,7 +26,7 @@ from external_labels import (
 from frames import Frames, Split
 from student import DECAY, DEPTH
 
-from cpseg.training import Own, Stage, TrainConfig
+from cpseg.training import Merge, Own, Stage, TrainConfig
 from cpseg.training.recipes import conformal_sam, self_training, supervised, unimatch_like
 
 Recipe = Callable[[int, int, tuple[int, int]], TrainConfig]  # classes, steps, crop
@@ -55,12 +56,27 @@ def then_self(
     )
 
 
-def then_joint(classes: int, steps: int, crop: tuple[int, int], own: Own = "labels") -> TrainConfig:
-    last = steps // 4
-    first = conformal_sam(classes, external_steps=steps - last, self_steps=0, crop=crop).stages
-    second = Stage(name="joint", steps=last, source="teacher", merge="multiply", own=own)
+def then_joint(
+    classes: int,
+    steps: int,
+    crop: tuple[int, int],
+    *,
+    own: Own = "labels",
+    merge: Merge = "multiply",
+    share: int = 4,
+) -> TrainConfig:
+    last = steps // share
     return strong(
-        TrainConfig(num_classes=classes, stages=(*first, second), crop=crop, ema_decay=DECAY)
+        conformal_sam(
+            classes,
+            external_steps=steps - last,
+            self_steps=last,
+            crop=crop,
+            rate=0.0,
+            own=own,
+            merge=merge,
+            ema_decay=DECAY,
+        )
     )
 
 
@@ -133,6 +149,11 @@ ARMS = {
     "recalibrated probabilities, then joint": Arm(
         recalibrated_alone, partial(then_joint, own="probabilities")
     ),
+    "refined probabilities": Arm(refined, external),
+    "refined both ways, in both sets": Arm(refined_both_ways, external),
+    "refined both ways, in both sets, then pooled with own": Arm(
+        refined_both_ways, partial(then_joint, own="probabilities", merge="pool", share=2)
+    ),
     "all true labels": Arm(truth, external),
     "drop every wrong label": Arm(right_only, external),
     "argmax in the set, by class": Arm(kept_by("class: Argmax"), external),
@@ -158,7 +179,6 @@ ARMS = {
     "probabilities": Arm(probabilities, external),
     "recalibrated probabilities, from all labeled frames": Arm(recalibrated_on_all, external),
     "recalibrated labels": Arm(recalibrated_labels, external),
-    "refined probabilities": Arm(refined, external),
     "equal shares of the set, by class": Arm(the_set, external),
     "argmax in the set, levels by class": Arm(levels_by_class, external),
     "singletons, by class, over all pixels": Arm(kept_by("class: Singleton"), over_all_pixels),

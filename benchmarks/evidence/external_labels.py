@@ -1,6 +1,7 @@
 """What becomes of an annotator's labels of the unlabeled frames: the external labels of an arm."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from cpseg import Argmax, Calibration, ClassConditionalCalibrator
 from cpseg.filters import SoftLabels
 from cpseg.fitted import Recalibrated, recalibrate
-from cpseg.training import class_weights_from, refine
+from cpseg.training import class_weights_from, pool_probabilities, refine
 
 ALPHA = 0.1
 
@@ -100,10 +101,9 @@ def recalibrated_labels(labeled: Frames, unlabeled: Frames) -> Tensor:
 REFINING_STEPS = 600
 
 
-def refined(labeled: Frames, unlabeled: Frames) -> Tensor:
-    """Probabilities of the annotator, refined on every second labeled frame."""
-    classes = len(labeled.classes)
-    known, _ = halves(labeled)
+def refined_on(known: Frames) -> Callable[[Frames], Frames]:
+    """Frames with the annotator's logits refined by what it gets wrong on ``known``."""
+    classes = len(known.classes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = Student(classes, 3 + classes).to(memory_format=torch.channels_last)
@@ -118,12 +118,35 @@ def refined(labeled: Frames, unlabeled: Frames) -> Tensor:
         lr=LR,
         ema_decay=DECAY,
     )
-    with torch.no_grad():
-        told = [
-            learned(image[None], logits[None])
-            for image, logits in zip(unlabeled.images, unlabeled.logits, strict=True)
-        ]
-    return torch.cat(told).softmax(1)
+
+    @torch.no_grad()
+    def told(frames: Frames) -> Frames:
+        each = zip(frames.images, frames.logits, strict=True)
+        return replace(
+            frames, logits=torch.cat([learned(image[None], said[None]) for image, said in each])
+        )
+
+    return told
+
+
+def refined(labeled: Frames, unlabeled: Frames) -> Tensor:
+    """Probabilities of the annotator, refined on every second labeled frame."""
+    return refined_on(halves(labeled)[0])(unlabeled).logits.softmax(1)
+
+
+def refined_both_ways(labeled: Frames, unlabeled: Frames) -> Tensor:
+    """The pool of two annotators, each refined on one half and calibrated on the other.
+
+    Each is within its set at half the level, so that the pool leaves out a frame's share of
+    pixels of a class ``ALPHA`` at most, in the mean, where thresholds are not those of all.
+    """
+    one, other = halves(labeled)
+    shares: list[Tensor] = []
+    for known, kept in ((one, other), (other, one)):
+        told = refined_on(known)
+        soft = SoftLabels(by_class(told(kept), ALPHA / 2))
+        shares.append(frame_by_frame(soft, told(unlabeled)))
+    return pool_probabilities(shares[0].log(), shares[1])
 
 
 def probabilities(labeled: Frames, unlabeled: Frames) -> Tensor:

@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 from math import isnan, sqrt
 from pathlib import Path
@@ -41,6 +41,7 @@ from typing import Literal, get_args
 import frames
 import torch
 from arms import ARMS, BESIDE
+from external_labels import Labels
 from frames import Frames, Split, split_of
 from scipy.stats import t as student_t
 from student import DECAY, LABELED, LR, NORMALIZE, UNLABELED, Student
@@ -109,12 +110,10 @@ def pairs(of: Frames, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def train(
-    task: Task, split: Split, directory: Path, until: float
-) -> tuple[nn.Module, Tensor] | None:
-    """A task's student, trained to the end, and its external labels; None if the time was up."""
-    arm = ARMS[task.arm]
-    taught = arm.taught(split)
-    external = arm.labels(split.labeled, taught)
+    task: Task, split: Split, external: Tensor, directory: Path, until: float
+) -> nn.Module | None:
+    """A task's student, trained to the end; None if the time was up."""
+    taught = ARMS[task.arm].taught(split)
     torch.manual_seed(task.seed)
     classes = len(split.test.classes)
     trainer = Trainer(
@@ -130,7 +129,7 @@ def train(
         if time.monotonic() > until and step.number < trainer.objective.steps:
             trainer.save()
             return None
-    return trainer.learner.evaluated, external
+    return trainer.learner.evaluated
 
 
 def row_of(task: Task, split: Split, student: torch.nn.Module, external: Tensor) -> dict[str, str]:
@@ -236,6 +235,12 @@ def run(
     """Train what is not in the results yet, in order, until the time is up."""
     commit()
     until = time.monotonic() + 60 * minutes
+
+    @lru_cache(maxsize=1)  # some take minutes, and arms and seeds share them
+    def external(labels: Labels, count: int, held_out: str, *, again: bool) -> Tensor:
+        split = splits(count, held_out)
+        return labels(split.labeled, split.labeled if again else split.unlabeled)
+
     for task in tasks:
         split = splits(task.count, task.held_out)
         key = task.key(split.size)
@@ -243,10 +248,12 @@ def run(
         with alone(work / f"{place.name}.lock") as ours:
             if not ours or key in rows_of(results):
                 continue
-            done = train(task, split, place, until)
-            if done is None:
+            arm = ARMS[task.arm]
+            labels = external(arm.labels, task.count, task.held_out, again=arm.again)
+            student = train(task, split, labels, place, until)
+            if student is None:
                 return
-            row = row_of(task, split, *done)
+            row = row_of(task, split, student, labels)
             append(results, row)
             rmtree(place)
             print(row["miou"], *key, flush=True)

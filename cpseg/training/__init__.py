@@ -50,6 +50,7 @@ from cpseg.training.targets import (
     masked_cross_entropy,
     merge_pseudo_labels,
     multiply_probabilities,
+    pool_probabilities,
 )
 from cpseg.training.train_config import TrainConfig
 from cpseg.training.trainer import FitResult, Step, Trainer
@@ -106,6 +107,7 @@ __all__ = [
     "masked_cross_entropy",
     "merge_pseudo_labels",
     "multiply_probabilities",
+    "pool_probabilities",
     "processes",
     "random_state",
     "refine",

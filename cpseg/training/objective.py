@@ -25,6 +25,7 @@ from cpseg.training.targets import (
     masked_cross_entropy,
     merge_pseudo_labels,
     multiply_probabilities,
+    pool_probabilities,
 )
 
 __all__ = [
@@ -38,10 +39,13 @@ __all__ = [
     "labeling",
 ]
 
-Merge = Literal["replace", "prefer_external", "fill", "agree", "multiply"]
+Merge = Literal["replace", "prefer_external", "fill", "agree", "multiply", "pool"]
 """How external labels meet a network's own: :func:`~cpseg.training.targets.merge_pseudo_labels`.
-For external probabilities ``"multiply"``: :func:`~cpseg.training.targets.multiply_probabilities`.
+For external probabilities ``"multiply"``: :func:`~cpseg.training.targets.multiply_probabilities`;
+and ``"pool"``: :func:`~cpseg.training.targets.pool_probabilities`.
 """
+
+_JOINT = {"multiply": multiply_probabilities, "pool": pool_probabilities}  # of probabilities
 
 Own = Literal["labels", "probabilities"]
 """What a network tells of its own, alone or multiplied: the most likely class, or all of them."""
@@ -101,9 +105,9 @@ class Stage:
         source: Whose labels the unlabeled images have: nobody's (they are not loaded), external
             ones, the student's own, or those of the averaged teacher.
         merge: How external labels join the student's or the teacher's own, or with
-            ``"multiply"`` external probabilities; None: not at all.
-        own: What the student's or the teacher's own are: labels, or with no merge or
-            ``"multiply"`` the probabilities of all classes. Labels turn every doubt into
+            ``"multiply"`` and ``"pool"`` external probabilities; None: not at all.
+        own: What the student's or the teacher's own are: labels, or with no merge,
+            ``"multiply"`` or ``"pool"`` the probabilities of all classes. Labels turn every doubt into
             certainty, which the student then learns; probabilities leave it a doubt.
         threshold: From which confidence an own target is kept: that of the most likely class, in
             what is trained on. External labels and probabilities have none.
@@ -143,16 +147,16 @@ class Stage:
             )
         if self.merge is not None and self.merge not in get_args(Merge):
             raise InputError(
-                'merge must be None, "replace", "prefer_external", "fill", "agree" or "multiply"; '
-                f"got {self.merge!r}"
+                'merge must be None, "replace", "prefer_external", "fill", "agree", "multiply" or '
+                f'"pool"; got {self.merge!r}'
             )
         if self.own not in get_args(Own):
             raise InputError(f'own must be "labels" or "probabilities"; got {self.own!r}')
         own = self.source in ("student", "teacher")
-        if self.own == "probabilities" and not (own and self.merge in (None, "multiply")):
+        if self.own == "probabilities" and not (own and self.merge in (None, *_JOINT)):
             raise InputError(
-                'own must be "labels" but for source "student" or "teacher" with merge None or '
-                f'"multiply"; got {self.own!r} with source {self.source!r} and merge {self.merge!r}'
+                'own must be "labels" but for source "student" or "teacher" with merge None, '
+                f'"multiply" or "pool"; got {self.own!r} with source {self.source!r} and merge {self.merge!r}'
             )
         if self.denominator not in ("kept", "valid", "all"):
             raise InputError(
@@ -264,14 +268,14 @@ class TwoStageObjective:
         """
         own = stage.source in ("student", "teacher")
         soft = batch.external.is_floating_point()
-        if own and stage.merge is not None and soft != (stage.merge == "multiply"):
+        if own and stage.merge is not None and soft != (stage.merge in _JOINT):
             raise InputError(
                 f"batch's external must be {'labels' if soft else 'probabilities'} for merge "
                 f"{stage.merge!r}; got {batch.external.dtype}"
             )
         if soft and not own:
             return Targets(batch.external, (batch.external > 0).any(1) & batch.valid)
-        if stage.merge == "multiply" or stage.own == "probabilities":
+        if stage.merge in _JOINT or stage.own == "probabilities":
             shares = self._shares(stage, labeler, batch)
             confidence, labels = shares.max(1)
             kept = (confidence > 0) & (confidence >= stage.threshold) & batch.valid
@@ -296,7 +300,7 @@ class TwoStageObjective:
         return Targets(labels, (confidence >= stage.threshold) & batch.valid)
 
     def _shares(self, stage: Stage, labeler: nn.Module, batch: Batch) -> Tensor:
-        """A network's own probabilities, or their product with external ones. ``(U, C, H, W)``.
+        """A network's own probabilities, or what they and external ones are together.
 
         With class weights a network says each class as many times too often as its weight. From
         probabilities it would learn to do so once more, and more with every step: there the
@@ -306,8 +310,9 @@ class TwoStageObjective:
         weights = self._weights(logits)
         if stage.own == "probabilities" and weights is not None:
             logits = logits - torch.where(weights > 0, weights, 1).log().view(-1, 1, 1)
-        external = batch.external if stage.merge else torch.ones_like(logits)
-        return multiply_probabilities(logits, external)
+        if stage.merge is None:
+            return multiply_probabilities(logits, torch.ones_like(logits))
+        return _JOINT[stage.merge](logits, batch.external)
 
     def __call__(
         self,

@@ -4,7 +4,7 @@ What a paper does not state is ours, and marked so. Whatever else a run needs, s
 rate or precision, is changed with :func:`dataclasses.replace` on what comes back.
 """
 
-from cpseg.training.objective import Own, Stage
+from cpseg.training.objective import Merge, Own, Stage
 from cpseg.training.schedules import Complement, Constant, Exponential
 from cpseg.training.train_config import TrainConfig
 
@@ -20,6 +20,7 @@ def conformal_sam(
     start: float = 0.5,
     rate: float = 1.0,
     own: Own = "labels",
+    merge: Merge | None = None,
     threshold: float = 0.0,
     ema_decay: float | None = None,
 ) -> TrainConfig:
@@ -45,6 +46,9 @@ def conformal_sam(
         own: What the student's own are in stage II. The paper: labels, as they may be read;
             probabilities leave its doubts doubts, and cost less where it knows less than the
             annotator does.
+        merge: How external labels or probabilities join the student's own in stage II. The
+            paper: not at all, and where the student knows less than the annotator does that
+            costs; ``"pool"`` lets both say what they know.
         threshold: From which confidence stage II keeps a label.
         ema_decay: Of a teacher that averages the student over steps and labels in its place in
             stage II; None: the student itself.
@@ -62,6 +66,7 @@ def conformal_sam(
                 name="self",
                 steps=self_steps,
                 source="student" if ema_decay is None else "teacher",
+                merge=merge,
                 own=own,
                 threshold=threshold,
                 labeled_weight=Complement(weight),

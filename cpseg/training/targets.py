@@ -23,6 +23,7 @@ __all__ = [
     "masked_cross_entropy",
     "merge_pseudo_labels",
     "multiply_probabilities",
+    "pool_probabilities",
 ]
 
 MergeMode = Literal["replace", "prefer_external", "fill", "agree"]
@@ -134,6 +135,48 @@ def multiply_probabilities(logits: Tensor, external: Tensor) -> Tensor:
                 [0.8571, 0.1429, 0.0000],
                 [0.0000, 0.0000, 0.0000]])
     """
+    return _joint(logits, external, 1.0)
+
+
+def pool_probabilities(logits: Tensor, external: Tensor) -> Tensor:
+    """What a network and an annotator that have seen the same make of the classes together.
+
+    The geometric mean of the network's own probabilities and the external ones, made to add up to
+    1 again. As in :func:`multiply_probabilities`, a class is out where the external probability
+    is 0; but two that agree are no surer together than each alone, for they saw the same pixels
+    and may err alike.
+
+    Guarantee:
+        None of its own; it keeps those of both. Where each leaves the label possible but for a
+        share ``alpha`` of the cases, such as probabilities within two calibrated sets, the pool
+        does but for ``2 alpha`` at most.
+
+    Args:
+        logits: The network's own, or the logarithms of other probabilities. Floating
+            ``(B, C, *S)``.
+        external: Probabilities, 0 in all classes where the annotator abstains. Floating, same
+            shape.
+
+    Returns:
+        Probabilities, 0 in all classes where the annotator abstains, either is unusable, or no
+        class is left. float32 at least, same shape.
+
+    Raises:
+        InputError: If shapes, dtypes or devices do not fit.
+
+    Examples:
+        >>> external = torch.tensor([[0.2, 0.3, 0.5], [0.9, 0.1, 0.0], [0.0, 0.0, 0.0]])
+        >>> logits = torch.tensor([[0.2, 0.3, 0.5]] * 3).log()
+        >>> pool_probabilities(logits, external)
+        tensor([[0.2000, 0.3000, 0.5000],
+                [0.7101, 0.2899, 0.0000],
+                [0.0000, 0.0000, 0.0000]])
+    """
+    return _joint(logits, external, 0.5)
+
+
+def _joint(logits: Tensor, external: Tensor, power: float) -> Tensor:
+    """A power of the product, made to add up to 1; 0 in all classes where that is impossible."""
     _checks.check_logits(logits)
     _checks.check_tensor("external", external)
     if not external.is_floating_point():
@@ -141,7 +184,7 @@ def multiply_probabilities(logits: Tensor, external: Tensor) -> Tensor:
     _checks.check_map_shape("external", external, logits.shape, "logits")
     _checks.check_device("external", external, logits, "logits")
     values = upcast(logits)
-    joint = (values.log_softmax(1) + external.to(values.dtype).log()).softmax(1)
+    joint = (power * (values.log_softmax(1) + external.to(values.dtype).log())).softmax(1)
     return torch.where(joint.isfinite().all(1, keepdim=True), joint, 0)
 
 
