@@ -74,7 +74,7 @@ def test_seeds_and_arms_share_external_labels(
 ) -> None:
     made: list[int] = []
 
-    def labels(labeled: Any, unlabeled: Any) -> torch.Tensor:
+    def labels(labeled: Any, unlabeled: Any) -> Any:
         made.append(len(labeled))
         return unlabeled.logits.argmax(1)
 

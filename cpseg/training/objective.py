@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Literal, Self, final, get_args
+from typing import Literal, Self, cast, final, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from cpseg.training.schedules import Constant, Schedule
 from cpseg.training.students import logits_of
 from cpseg.training.targets import (
     Denominator,
+    MergeMode,
     masked_cross_entropy,
     merge_pseudo_labels,
     multiply_probabilities,
@@ -287,7 +288,7 @@ class TwoStageObjective:
         else:
             labels = torch.zeros_like(batch.external)
             confidence = torch.zeros(labels.shape, device=labels.device)
-        mode = stage.merge or "replace"
+        mode = cast("MergeMode", stage.merge or "replace")
         labels, confidence = merge_pseudo_labels(
             labels,
             confidence,
