@@ -18,6 +18,8 @@ from torch import Tensor
 
 from cpseg import ClassConditionalCalibrator, GroupCalibrator, PixelSetPredictor, SplitCalibrator
 from cpseg.accumulate import Evidence, Exact, occurrences
+from cpseg.filters import SoftLabels
+from cpseg.training import pool_probabilities
 
 CHANCE = 1e-6  # that a true statement fails its test
 SETTINGS = [(9, 0.1), (19, 0.05), (50, 0.1), (200, 0.1)]
@@ -164,6 +166,34 @@ def test_the_public_road_covers(kind: str, n: int, alpha: float) -> None:
         covered += int(sets[new[1][pixel], pixel])
     assert least(draws, 1 - alpha) <= covered
     assert covered <= most(draws, ceiling(n, alpha, 4)) < draws
+
+
+@pytest.mark.guarantee
+def test_a_pool_of_two_calibrated_crosswise_misses_what_either_may() -> None:
+    """Each annotator errs in its own way, and is calibrated on the other's half of the images."""
+    draws, n, alpha = 1200, 9, 0.1
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.randint(2, (draws, 2 * n + 1, 6), generator=generator)
+    labels[..., 4:] = 255
+    shares: list[Tensor] = []
+    for half in (slice(0, n), slice(n, 2 * n)):
+        effect = torch.randn(draws, 2 * n + 1, 1, generator=generator)
+        margin = 1 + effect + 0.5 * torch.randn(labels.shape, generator=generator)
+        side = torch.where(labels == 0, margin, -margin)
+        logits = torch.stack((side, torch.zeros_like(side)), 2)
+        found: list[Tensor] = []
+        for draw in range(draws):
+            calibrator = SplitCalibrator(store="exact")
+            calibrator.update(logits[draw, half], labels[draw, half])
+            found.append(SoftLabels(calibrator.compute(alpha))(logits[draw, -1:]))
+        shares.append(torch.cat(found))
+    left = pool_probabilities(shares[0].log(), shares[1]) > 0
+    pixel = one_of(labels[:, -1] != 255, generator)
+    every = torch.arange(draws)
+    missed = draws - int(left[every, labels[every, -1, pixel], pixel].sum())
+    assert missed <= most(draws, 2 * alpha)
+    alone = draws - int((shares[0] > 0)[every, labels[every, -1, pixel], pixel].sum())
+    assert missed > alone >= least(draws, 1 - ceiling(n, alpha, 4))
 
 
 @pytest.mark.guarantee
