@@ -99,6 +99,32 @@ def test_seeds_and_arms_share_external_labels(
     assert len(students.rows_of(results)) == len(tasks)
 
 
+def test_halves_teach_and_calibrate_crosswise(
+    students: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import external_labels  # type: ignore[import-not-found]  # noqa: PLC0415
+
+    told: list[tuple[list[str], list[str]]] = []
+
+    def refined_on(known: Any) -> Any:
+        def answer(frames: Any) -> Any:
+            told.append((known.names, frames.names))
+            return frames
+
+        return answer
+
+    monkeypatch.setattr(external_labels, "refined_on", refined_on)
+    labeled, unlabeled = students.shapes(12, 2, "train0"), students.shapes(4, 3, "train1")
+    shares = external_labels.refined_both_ways(labeled, unlabeled)
+    even, odd = labeled.names[::2], labeled.names[1::2]
+    new = unlabeled.names
+    assert told == [(even, odd), (even, new), (odd, even), (odd, new)]
+    kept = (shares > 0).any(1)
+    assert kept.float().mean() > 0.9  # six images of a half promise 1 / 7, and abstain from little
+    sets = (shares > 0).sum(1)[kept]
+    assert 1 < sets.float().mean() < shares.shape[1]
+
+
 def test_a_run_of_another_process_is_left_alone(students: Any, tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     with students.alone(path) as first, students.alone(path) as second:

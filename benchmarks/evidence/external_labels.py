@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from typing import cast
 
@@ -56,7 +57,7 @@ def kept_by(name: str) -> Labels:
     return labels
 
 
-def by_class(labeled: Frames, alpha: float | list[float] = ALPHA) -> Calibration:
+def by_class(labeled: Frames, alpha: float | Fraction | list[float] = ALPHA) -> Calibration:
     calibrator = ClassConditionalCalibrator(len(labeled.classes))
     return calibrator.update(labeled.logits, labeled.labels).compute(alpha, "pooled")
 
@@ -137,14 +138,15 @@ def refined(labeled: Frames, unlabeled: Frames) -> Tensor:
 def refined_both_ways(labeled: Frames, unlabeled: Frames) -> Tensor:
     """The pool of two annotators, each refined on one half and calibrated on the other.
 
-    Each is within its set at half the level, so that the pool leaves out a frame's share of
-    pixels of a class ``ALPHA`` at most, in the mean, where thresholds are not those of all.
+    Each is within its set at half the level, or the least that so few frames can promise, so that
+    of a class whose thresholds are its own the pool misses no more than both levels together.
     """
     one, other = halves(labeled)
     shares: list[Tensor] = []
     for known, kept in ((one, other), (other, one)):
         told = refined_on(known)
-        soft = SoftLabels(by_class(told(kept), ALPHA / 2))
+        level = max(Fraction(ALPHA) / 2, Fraction(1, len(kept) + 1))
+        soft = SoftLabels(by_class(told(kept), level))
         shares.append(frame_by_frame(soft, told(unlabeled)))
     return pool_probabilities(shares[0].log(), shares[1])
 
