@@ -23,6 +23,15 @@ def students(monkeypatch: pytest.MonkeyPatch) -> Any:
     return script
 
 
+@pytest.fixture
+def external_labels(students: Any) -> Any:
+    """The module beside it."""
+    del students  # which has made it importable
+    import external_labels as module  # type: ignore[import-not-found]  # noqa: PLC0415
+
+    return module
+
+
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -100,10 +109,8 @@ def test_seeds_and_arms_share_external_labels(
 
 
 def test_halves_teach_and_calibrate_crosswise(
-    students: Any, monkeypatch: pytest.MonkeyPatch
+    students: Any, external_labels: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import external_labels  # type: ignore[import-not-found]  # noqa: PLC0415
-
     told: list[tuple[list[str], list[str]]] = []
 
     def refined_on(known: Any) -> Any:
@@ -206,17 +213,15 @@ def test_intervals_are_students(students: Any) -> None:
 
 
 def test_an_annotator_is_refined_on_every_second_labeled_frame(
-    students: Any, monkeypatch: pytest.MonkeyPatch
+    students: Any, external_labels: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import external_labels as script  # type: ignore[import-not-found]  # noqa: PLC0415
-
-    monkeypatch.setattr(script, "REFINING_STEPS", 4)
+    monkeypatch.setattr(external_labels, "REFINING_STEPS", 4)
     frames, new = students.shapes(6, 2, "train0"), students.shapes(3, 3, "train1")
     state = torch.get_rng_state()
-    found = script.refined(frames, new)
+    found = external_labels.refined(frames, new)
     assert torch.equal(state, torch.get_rng_state())
     torch.testing.assert_close(found.sum(1), torch.ones(3, 32, 32))
     frames.labels[1::2] = 0
-    torch.testing.assert_close(script.refined(frames, new), found)
+    torch.testing.assert_close(external_labels.refined(frames, new), found)
     frames.labels[::2] = 0
-    assert not torch.allclose(script.refined(frames, new), found)
+    assert not torch.allclose(external_labels.refined(frames, new), found)
