@@ -334,7 +334,7 @@ def test_training(
         num_classes=21,
     )
     assert len(set(found["config"].class_weights)) > 1
-    known = [(image, torch.randn(21, 40, 36), label) for image, _ in shapes]
+    known = [(shapes[0][0], torch.randn(21, 40, 36), label) for _ in range(38)]  # 19 in a half
     pictures = {"2": shapes[2][0]}
     monkeypatch.setattr("cpseg.training.refine", partial(refine, steps=2))
     found = guide.run(
@@ -343,11 +343,13 @@ def test_training(
     told = found["unlabeled"][0][1]
     torch.testing.assert_close(told.sum(0), torch.ones(40, 36))
     assert not torch.equal(told, logits["2"].softmax(0))
+    assert [len(soft.calibration.thresholds) for _, soft in found["annotators"]] == [21, 21]
+    halves = [{id(said) for _, said, _ in half} for half in found["halves"]]
+    assert [len(half) for half in halves] == [19, 19]
+    assert halves[0].isdisjoint(halves[1])
     assert found["trainer"].config.class_weights == found["config"].class_weights
     assert found["trainer"].batches.color == found["mild"]
     found["trainer"].fit()
-    found = guide.run("calibrator = ClassConditionalCalibrator", num_classes=21)
-    assert found["calibration"].num_classes == 21
 
     sizes = transformers.SegformerConfig(
         num_labels=21,

@@ -189,4 +189,10 @@ ARMS = {
 }
 
 
-BESIDE = ("labels only", "raw", "recalibrated probabilities")  # what others are compared with
+# What others are compared with.
+BESIDE = (
+    "labels only",
+    "raw",
+    "recalibrated probabilities",
+    "refined both ways, in both sets",
+)
