@@ -373,7 +373,8 @@ def test_training(
         config = found["config"]
         if start.startswith("student = smp"):  # its names of parameters are not our network's
             config = replace(config, head=("head",))
-        run = trains_shortly(found["student"], config, **given, directory=f"runs/{start}")
+        sets = {name: found[name] for name in ("labeled", "unlabeled")}
+        run = trains_shortly(found["student"], config, **sets, directory=f"runs/{start}")
         assert all(bool(step.loss.isfinite()) for step in run.steps())
 
     guide.run("sure = SyntheticAnnotator")
