@@ -8,9 +8,11 @@ from torch import Tensor
 
 from cpseg._classes import Parts, at_class, largest, summed
 
-__all__ = ["ULP", "odds_at", "odds_of", "odds_to", "softmax_tolerance"]
+__all__ = ["POSSIBLE", "ULP", "odds_at", "odds_of", "odds_to", "softmax_tolerance"]
 
 ULP = 2.0**-24  # half a float32 step at 1: what one rounding can cost a number below 1
+
+POSSIBLE = 1e-30  # the least of what is not to round to 0, because 0 says that it is ruled out
 
 
 def odds_of(parts: Parts) -> tuple[Parts, Tensor]:

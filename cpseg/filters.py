@@ -37,7 +37,7 @@ from cpseg._classes import (
     summed,
     top_class,
 )
-from cpseg._odds import odds_to
+from cpseg._odds import POSSIBLE, odds_to
 from cpseg._tiles import Columns, walk
 from cpseg.calibration import Calibration
 from cpseg.errors import InputError
@@ -354,7 +354,8 @@ class SoftLabels:
     abstained from. For :class:`cpseg.training.Stage`, as external probabilities.
 
     Guarantee:
-        None for the probabilities; their classes other than 0 are those of the set.
+        None for the probabilities; those that are not 0 are of the classes of the set whose
+        threshold is finite, where the filter does not abstain.
 
     Attributes:
         calibration: Thresholds and score.
@@ -644,7 +645,10 @@ class _Soften:
         # The best member may lie far below the most likely class.
         best = largest([torch.where(member, part, -torch.inf) for part, member in pairs])
         usable &= best.isfinite()
-        odds = [torch.where(member & usable, odds_to(best, part), 0) for part, member in pairs]
+        odds = [
+            torch.where(member & usable, odds_to(best, part).clamp(min=POSSIBLE), 0)
+            for part, member in pairs
+        ]
         total = summed(odds)
         return (joined([torch.where(total > 0, part / total, 0) for part in odds]),)
 

@@ -283,6 +283,15 @@ def test_soft_labels_are_what_plain_python_makes_of_a_pixel(
         weight = [math.exp(x[c] - best) if c in inside and best > -INF else 0.0 for c in range(5)]
         shares = [w / (sum(weight) or 1) for w in weight]
         assert found[pixel].tolist() == pytest.approx(shares, abs=1e-6)
+        assert found[pixel].nonzero().flatten().tolist() == (inside if best > -INF else [])
+
+
+def test_a_member_of_the_set_has_a_probability_however_small() -> None:
+    calibration = calibrated([0.5, 1.0, 1.0], ("class",))
+    object.__setattr__(calibration, "thresholds", torch.tensor([1.0, 1.0, -1.0]))
+    found = SoftLabels(calibration)(torch.tensor([[120.0, 0.0, 0.0]]))[0]
+    assert 0 < found[1] < 1e-20
+    assert found[2] == 0
 
 
 def test_soft_labels_of_a_far_away_set_still_add_up() -> None:

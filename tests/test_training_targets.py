@@ -214,6 +214,15 @@ def test_equal_shares_let_the_network_choose_within_the_set(seed: int) -> None:
     torch.testing.assert_close(found, torch.where(there, within, 0))
 
 
+def test_what_is_unlikely_beyond_rounding_stays_possible() -> None:
+    logits = torch.tensor([[0.0, -500.0, -math.inf]])
+    for join in (multiply_probabilities, pool_probabilities):
+        found = join(logits, torch.full((1, 3), 1 / 3))[0]
+        assert found[0] == pytest.approx(1)
+        assert 0 < found[1] < 1e-20
+        assert found[2] == 0
+
+
 def test_a_product_with_unusable_logits_abstains() -> None:
     logits = torch.tensor([[0.0, math.nan], [-math.inf, -math.inf], [0.0, math.inf], [0.0, 1.0]])
     for join in (multiply_probabilities, pool_probabilities):

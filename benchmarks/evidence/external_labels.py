@@ -135,20 +135,31 @@ def refined(labeled: Frames, unlabeled: Frames) -> Tensor:
     return refined_on(halves(labeled)[0])(unlabeled).logits.softmax(1)
 
 
-def refined_both_ways(labeled: Frames, unlabeled: Frames) -> Tensor:
-    """The pool of two annotators, each refined on one half and calibrated on the other.
+def crosswise(labeled: Frames, unlabeled: Frames) -> list[tuple[Frames, Calibration]]:
+    """What two annotators say, each refined on one half of the labeled frames, and its calibration.
 
-    Each is within its set at half the level, or the least that so few frames can promise, so that
-    of a class whose thresholds are its own the pool misses no more than both levels together.
+    The other half calibrates, at half of ``ALPHA``, or the least level that so few frames can
+    promise.
     """
     one, other = halves(labeled)
-    shares: list[Tensor] = []
+    found: list[tuple[Frames, Calibration]] = []
     for known, kept in ((one, other), (other, one)):
         told = refined_on(known)
         level = max(Fraction(ALPHA) / 2, Fraction(1, len(kept) + 1))
-        soft = SoftLabels(by_class(told(kept), level))
-        shares.append(frame_by_frame(soft, told(unlabeled)))
-    return pool_probabilities(shares[0].log(), shares[1])
+        found.append((told(unlabeled), by_class(told(kept), level)))
+    return found
+
+
+def refined_both_ways(labeled: Frames, unlabeled: Frames) -> Tensor:
+    """The pool of two annotators, each within its set.
+
+    Of a class whose thresholds are its own it misses no more than both levels together.
+    """
+    one, other = (
+        frame_by_frame(SoftLabels(calibration), frames)
+        for frames, calibration in crosswise(labeled, unlabeled)
+    )
+    return pool_probabilities(one.log(), other)
 
 
 def probabilities(labeled: Frames, unlabeled: Frames) -> Tensor:

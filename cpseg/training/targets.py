@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cpseg import _checks
+from cpseg._odds import POSSIBLE
 from cpseg._tiles import upcast
 from cpseg.errors import InputError
 
@@ -139,17 +140,16 @@ def multiply_probabilities(logits: Tensor, external: Tensor) -> Tensor:
 
 
 def pool_probabilities(logits: Tensor, external: Tensor) -> Tensor:
-    """What a network and an annotator that have seen the same make of the classes together.
+    """What a network and an annotator that have seen the same pixels make of the classes together.
 
     The geometric mean of the network's own probabilities and the external ones, made to add up to
     1 again. As in :func:`multiply_probabilities`, a class is out where the external probability
-    is 0; but two that agree are no surer together than each alone, for they saw the same pixels
-    and may err alike.
+    is 0; but two that agree are no surer together than each alone, for they may err alike.
 
     Guarantee:
-        None of its own; it keeps those of both. Where each leaves the label possible but for a
-        share ``alpha`` of the cases, such as probabilities within two calibrated sets, the pool
-        does but for ``2 alpha`` at most.
+        None of its own. A class is possible in the pool where it is possible in both, so what
+        both may miss adds up: where the label has probability 0 in a share ``a`` of the cases for
+        one and ``b`` for the other, it has in at most ``a + b`` for the pool.
 
     Args:
         logits: The network's own, or the logarithms of other probabilities. Floating
@@ -183,8 +183,10 @@ def _joint(logits: Tensor, external: Tensor, power: float) -> Tensor:
         raise InputError(f"external must be floating probabilities; got {external.dtype}")
     _checks.check_map_shape("external", external, logits.shape, "logits")
     _checks.check_device("external", external, logits, "logits")
-    values = upcast(logits)
-    joint = (power * (values.log_softmax(1) + external.to(values.dtype).log())).softmax(1)
+    own = upcast(logits).log_softmax(1)
+    known = external.to(own.dtype).log()
+    joint = (power * (own + known)).softmax(1)
+    joint = torch.where(own.isinf() | known.isinf(), 0, joint.clamp(min=POSSIBLE))
     return torch.where(joint.isfinite().all(1, keepdim=True), joint, 0)
 
 

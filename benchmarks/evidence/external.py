@@ -1,0 +1,118 @@
+"""How good external probabilities are, before a student learns from them.
+
+Of an annotator's probabilities of the unlabeled frames, as they are, recalibrated, refined, and
+refined both ways without and with sets: the share of pixels whose most likely class is true and
+its mIoU, the mean negative logarithm of the true class's probability where it has one, how many
+classes have one, and the share of pixels whose true class has none: of each class, in the mean of
+the frames that show it, and of each video. ``results/external.csv`` has all of it.
+
+    python benchmarks/evidence/external.py --data PATH [--count 46]
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import frames
+import tables
+import torch
+from external_labels import crosswise, frame_by_frame, recalibrated_alone
+from frames import Frames, split_of
+from torch import Tensor
+
+from cpseg.filters import SoftLabels
+from cpseg.metrics import MeanIoU
+from cpseg.training import pool_probabilities
+
+
+def named(labeled: Frames, unlabeled: Frames) -> Iterator[tuple[str, Tensor, set[int]]]:
+    """Probabilities, and the classes that no set promises anything about."""
+    yield "as they are", unlabeled.logits.softmax(1), set()
+    yield "recalibrated", recalibrated_alone(labeled, unlabeled), set()
+    sides = crosswise(labeled, unlabeled)
+    one, other = (said.logits.softmax(1) for said, _ in sides)
+    yield "refined on one half", one, set()
+    yield "refined on the other", other, set()
+    yield "both, pooled", pool_probabilities(one.log(), other), set()
+    soft = [frame_by_frame(SoftLabels(calibration), said) for said, calibration in sides]
+    left = [
+        set(calibration.fallback_groups.nonzero().flatten().tolist()) for _, calibration in sides
+    ]
+    yield "one, in its set", soft[0], left[0]
+    yield "the other, in its set", soft[1], left[1]
+    yield (
+        "both, in both sets, pooled",
+        pool_probabilities(soft[0].log(), soft[1]),
+        left[0] | left[1],
+    )
+
+
+def judged(shares: Tensor, of: Frames) -> dict[str, object]:
+    """Figures of probabilities ``(N, C, H, W)``, 0 where a class is ruled out."""
+    classes = len(of.classes)
+    known = of.labels < classes
+    own = shares.gather(1, torch.where(known, of.labels, 0)[:, None])[:, 0]
+    missed = known & (own == 0)
+    found = shares.argmax(1)  # where nothing is left it is the first class, and wrong
+    iou = MeanIoU(classes)
+    iou.update(found, of.labels)
+    each = [_share(missed, known & (of.labels == c)).nanmean() for c in range(classes)]
+    by_video = {
+        f"missed in {video}": float(_share(missed[at], known[at]).mean())
+        for video in sorted(set(of.videos))
+        for at in [[index for index, name in enumerate(of.videos) if name == video]]
+    }
+    return {
+        "right": float((found == of.labels)[known].double().mean()),
+        "miou": float(iou.compute(resamples=1).mean_of_labeled_classes.value),
+        "-log": float(-own[known & ~missed].double().log().mean()),
+        "classes": float((shares > 0).sum(1)[known].double().mean()),
+        **{f"missed {name}": float(share) for name, share in zip(of.classes, each, strict=True)},
+        **by_video,
+    }
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """Of each frame's pixels of the whole, those of the part; NaN where it has none."""
+    return (part & whole).sum((1, 2)).double() / whole.sum((1, 2))
+
+
+def measure(labeled: Frames, unlabeled: Frames) -> list[dict[str, object]]:
+    """One row for each kind of probabilities."""
+    rows: list[dict[str, object]] = []
+    for name, shares, left in named(labeled, unlabeled):
+        figures = judged(shares, unlabeled)
+        promised = [c for index, c in enumerate(unlabeled.classes) if index not in left]
+        worst = max(promised, key=lambda c, of=figures: cast("float", of[f"missed {c}"]))
+        rows.append(
+            {
+                "labels": name,
+                "count": len(labeled),
+                **figures,
+                "worst": f"{worst} {tables.told(figures[f'missed {worst}'])}",
+                "no promise": " ".join(unlabeled.classes[index] for index in sorted(left)),
+            }
+        )
+    return rows
+
+
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=46)
+    given = parser.parse_args(words)
+    train, val = (frames.load(given.data, part) for part in ("train", "val"))
+    split = split_of(train, val, frames.labeled(given.data, given.count, train), "")
+    rows = measure(split.labeled, split.unlabeled)
+    tables.write(tables.RESULTS / "external.csv", rows)
+    print(
+        tables.markdown(rows, ["labels", "right", "miou", "-log", "classes", "worst", "no promise"])
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
