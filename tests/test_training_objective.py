@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from cpseg.training import (
     Complement,
     Constant,
     Exponential,
+    JointMode,
     Own,
     Stage,
     Targets,
@@ -113,10 +114,7 @@ def test_class_weights_reach_both_losses(soft: bool) -> None:  # noqa: FBT001
         assert max(parts) < whole
 
 
-Joint = Literal["multiply", "pool"]
-
-
-def together(own: Tensor, external: Tensor, merge: Joint | None) -> Tensor:
+def together(own: Tensor, external: Tensor, merge: JointMode | None) -> Tensor:
     """Probabilities of a network and external ones as one, by their definitions."""
     if merge is None:
         return own
@@ -124,8 +122,8 @@ def together(own: Tensor, external: Tensor, merge: Joint | None) -> Tensor:
     return joint / joint.sum(1, keepdim=True).clamp(min=1e-9)
 
 
-@pytest.mark.parametrize("merge", get_args(Joint))
-def test_joint_probabilities_choose_among_the_classes_left(merge: Joint) -> None:
+@pytest.mark.parametrize("merge", get_args(JointMode))
+def test_joint_probabilities_choose_among_the_classes_left(merge: JointMode) -> None:
     batch, network = soft_batch(), student().eval()
     stage = Stage(name="m", steps=1, source="teacher", merge=merge, threshold=0.4)
     found = TwoStageObjective((stage,)).targets(stage, network, batch)
@@ -135,8 +133,8 @@ def test_joint_probabilities_choose_among_the_classes_left(merge: Joint) -> None
     assert bool((batch.external.gather(1, found.labels[:, None])[:, 0] > 0)[found.kept].all())
 
 
-@pytest.mark.parametrize("merge", [None, *get_args(Joint)])
-def test_own_probabilities_are_trained_on_as_they_are(merge: Joint | None) -> None:
+@pytest.mark.parametrize("merge", [None, *get_args(JointMode)])
+def test_own_probabilities_are_trained_on_as_they_are(merge: JointMode | None) -> None:
     batch, network = soft_batch(), student().eval()
     stage = Stage(name="o", steps=1, source="teacher", merge=merge, own="probabilities")
     stage = replace(stage, threshold=0.4)
@@ -153,8 +151,10 @@ def test_own_probabilities_are_trained_on_as_they_are(merge: Joint | None) -> No
 
 
 @pytest.mark.parametrize("own", get_args(Own))
-@pytest.mark.parametrize("merge", [None, *get_args(Joint)])
-def test_class_weights_are_divided_out_of_own_probabilities(own: Own, merge: Joint | None) -> None:
+@pytest.mark.parametrize("merge", [None, *get_args(JointMode)])
+def test_class_weights_are_divided_out_of_own_probabilities(
+    own: Own, merge: JointMode | None
+) -> None:
     batch, network = soft_batch() if merge else make_batch(), student().eval()
     weights = (0.2, 1.0, 5.0, 0.0)  # a weight of 0 taught nothing, and takes nothing away
     stage = Stage(name="o", steps=1, source="teacher", merge=merge, own=own, threshold=0.5)
@@ -201,7 +201,7 @@ def test_abstained_pixels_are_not_kept_at_any_threshold() -> None:
     batch, network = soft_batch(), student()
     there = (batch.external > 0).any(1)
     assert not there.all()
-    for own, merge in product(get_args(Own), get_args(Joint)):
+    for own, merge in product(get_args(Own), get_args(JointMode)):
         stage = Stage(name="m", steps=1, source="teacher", merge=merge, own=own)
         found = TwoStageObjective((stage,)).targets(stage, network, batch)
         assert torch.equal(found.kept, there & batch.valid)
@@ -234,7 +234,7 @@ def test_own_labels_do_not_look_at_external_probabilities() -> None:
     "merge", ["replace", "prefer_external", "fill", "agree", "multiply", "pool"]
 )
 def test_a_merge_refuses_the_other_kind_of_external_labels(merge: str) -> None:
-    batch = make_batch() if merge in get_args(Joint) else soft_batch()
+    batch = make_batch() if merge in get_args(JointMode) else soft_batch()
     stage = Stage(name="m", steps=1, source="student", merge=merge)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="batch's external must be"):
         TwoStageObjective((stage,)).targets(stage, student(), batch)

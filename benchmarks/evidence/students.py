@@ -236,7 +236,7 @@ def run(
     commit()
     until = time.monotonic() + 60 * minutes
 
-    @lru_cache(maxsize=1)  # some take minutes, and arms and seeds share them
+    @lru_cache(maxsize=1)  # some take minutes, and the seeds of an arm share them
     def external(labels: Labels, count: int, held_out: str, *, again: bool) -> Tensor:
         split = splits(count, held_out)
         return labels(split.labeled, split.labeled if again else split.unlabeled)
@@ -300,9 +300,10 @@ def table(results: Path) -> str:
                 for arm, rows in arms.items()
             }
             for arm in sorted(arms, key=list(ARMS).index):
-                values, any_row = score[arm], next(iter(arms[arm].values()))
-                right = any_row["right"].replace("nan", "")
-                cells = [arm, any_row["kept"], right, str(len(values))]
+                values, rows = score[arm], arms[arm].values()
+                kept, right = (mean(float(row[name]) for row in rows) for name in ("kept", "right"))
+                cells = [arm, f"{kept:.4f}", "" if isnan(right) else f"{right:.4f}"]
+                cells.append(str(len(values)))
                 cells.append(f"{100 * mean(values.values()):.1f}")
                 cells.append(f"{100 * stdev(values.values()):.1f}" if len(values) > 1 else "")
                 for other in BESIDE:
@@ -391,7 +392,7 @@ def main(words: list[str]) -> None:
 
     tasks = [
         Task(arm, count, seed, given.hold_out, given.steps, given.precision)
-        for count, seed, arm in product(given.counts, given.seeds, given.arms)
+        for count, arm, seed in product(given.counts, given.arms, given.seeds)
     ]
     others: list[int] = []
     for _ in range(given.jobs - 1):  # they share the frames in memory

@@ -45,6 +45,7 @@ from cpseg.training.schedules import Complement, Constant, Exponential, Linear, 
 from cpseg.training.students import UNet, logits_of
 from cpseg.training.targets import (
     Denominator,
+    JointMode,
     MergeMode,
     class_weights_from,
     masked_cross_entropy,
@@ -66,6 +67,7 @@ __all__ = [
     "Evaluation",
     "Exponential",
     "FitResult",
+    "JointMode",
     "Journal",
     "Labeled",
     "Learner",

@@ -22,6 +22,7 @@ from cpseg.training.schedules import Constant, Schedule
 from cpseg.training.students import logits_of
 from cpseg.training.targets import (
     Denominator,
+    JointMode,
     MergeMode,
     masked_cross_entropy,
     merge_pseudo_labels,
@@ -40,16 +41,16 @@ __all__ = [
     "labeling",
 ]
 
-Merge = Literal["replace", "prefer_external", "fill", "agree", "multiply", "pool"]
-"""How external labels meet a network's own: :func:`~cpseg.training.targets.merge_pseudo_labels`.
-For external probabilities ``"multiply"``: :func:`~cpseg.training.targets.multiply_probabilities`;
-and ``"pool"``: :func:`~cpseg.training.targets.pool_probabilities`.
-"""
+Merge = Literal[MergeMode, JointMode]
+"""How external labels, or external probabilities, meet a network's own."""
 
-_JOINT = {"multiply": multiply_probabilities, "pool": pool_probabilities}  # of probabilities
+_JOINT: dict[Merge | None, Callable[[Tensor, Tensor], Tensor]] = {
+    "multiply": multiply_probabilities,
+    "pool": pool_probabilities,
+}
 
 Own = Literal["labels", "probabilities"]
-"""What a network tells of its own, alone or multiplied: the most likely class, or all of them."""
+"""What a network tells of its own, alone or joined: the most likely class, or all of them."""
 
 
 @final
@@ -147,17 +148,16 @@ class Stage:
                 f'merge must go with source "student" or "teacher"; got {self.source!r}'
             )
         if self.merge is not None and self.merge not in get_args(Merge):
-            raise InputError(
-                'merge must be None, "replace", "prefer_external", "fill", "agree", "multiply" or '
-                f'"pool"; got {self.merge!r}'
-            )
+            names = ", ".join(f'"{name}"' for name in get_args(Merge))
+            raise InputError(f"merge must be None or one of {names}; got {self.merge!r}")
         if self.own not in get_args(Own):
             raise InputError(f'own must be "labels" or "probabilities"; got {self.own!r}')
         own = self.source in ("student", "teacher")
         if self.own == "probabilities" and not (own and self.merge in (None, *_JOINT)):
             raise InputError(
                 'own must be "labels" but for source "student" or "teacher" with merge None, '
-                f'"multiply" or "pool"; got {self.own!r} with source {self.source!r} and merge {self.merge!r}'
+                f'"multiply" or "pool"; got {self.own!r} with source {self.source!r} '
+                f"and merge {self.merge!r}"
             )
         if self.denominator not in ("kept", "valid", "all"):
             raise InputError(

@@ -27,11 +27,11 @@ def conformal_sam(
     """ConformalSAM (Chen et al., 2025): filtered external labels, then self-reliance.
 
     Stage I trains on ground truth and on external labels, cross-entropy on both. Stage II drops
-    the external labels for the student's own, with ``(1 - w) L_s + w L_u`` and ``w`` falling
-    exponentially. Ours, because the paper's text could not be had: equal weights in stage I,
-    ``start`` and ``rate``, no confidence threshold, no teacher, one learning-rate schedule over
-    both stages. ``rate`` is low because a high one ends on the labeled images alone, which few
-    labels do not bear.
+    the external labels for the student's own, unless ``merge`` joins them, with
+    ``(1 - w) L_s + w L_u`` and ``w`` falling exponentially. Ours, because the paper's text could
+    not be had: equal weights in stage I, ``start`` and ``rate``, no confidence threshold, no
+    teacher, one learning-rate schedule over both stages. ``rate`` is low because a high one ends
+    on the labeled images alone, which few labels do not bear.
 
     Guarantee:
         None; a heuristic.
@@ -47,8 +47,8 @@ def conformal_sam(
             probabilities leave its doubts doubts, and cost less where it knows less than the
             annotator does.
         merge: How external labels or probabilities join the student's own in stage II. The
-            paper: not at all, and where the student knows less than the annotator does that
-            costs; ``"pool"`` lets both say what they know.
+            paper: not at all. A student that knows less than the annotator loses by that; with
+            ``"pool"`` both have their say.
         threshold: From which confidence stage II keeps a label.
         ema_decay: Of a teacher that averages the student over steps and labels in its place in
             stage II; None: the student itself.

@@ -99,8 +99,9 @@ def refine(
     back is the average over steps. Ours.
 
     Guarantee:
-        None; a heuristic. A calibration of the refined logits promises what it says if none of
-        its images is among the examples.
+        None; a heuristic. A calibration of the refined logits promises what it says if its labels
+        had no part in them: none of its images is among the examples, nor among those that
+        ``class_weights`` are from.
 
     Args:
         network: From ``3 + C`` channels to C; trained in place, where it is. A last layer of

@@ -19,6 +19,7 @@ from cpseg.errors import InputError
 
 __all__ = [
     "Denominator",
+    "JointMode",
     "MergeMode",
     "class_weights_from",
     "masked_cross_entropy",
@@ -29,6 +30,11 @@ __all__ = [
 
 MergeMode = Literal["replace", "prefer_external", "fill", "agree"]
 """How external labels meet a network's own; see :func:`merge_pseudo_labels`."""
+
+JointMode = Literal["multiply", "pool"]
+"""How external probabilities meet a network's own: :func:`multiply_probabilities` or
+:func:`pool_probabilities`.
+"""
 
 Denominator = Literal["kept", "valid", "all"]
 """What a sum of pixel losses is divided by; see :func:`masked_cross_entropy`."""
