@@ -92,6 +92,7 @@ UNLISTED = {
         "scores_in_parts",
     },
     "cpseg.sets": {"pack"},
+    "cpseg.training.objective": {"check_external"},
     "cpseg.training.targets": {"check_classes"},
 }
 

@@ -538,6 +538,16 @@ def test_folders_without_labels_are_refused_where_labels_are_needed(tmp_path: Pa
         Trainer(Student(), **options, directory=tmp_path / "b")
 
 
+def test_labels_for_a_later_stage_that_joins_probabilities_are_refused_at_once(
+    tmp_path: Path,
+) -> None:
+    config = conformal_sam(6, external_steps=5, self_steps=1, crop=(8, 8), merge="pool")
+    run = Trainer(Student(), config, labeled=pairs(2, 1), unlabeled=pairs(2, 1), directory=tmp_path)
+    with pytest.raises(InputError, match="must be probabilities for merge 'pool' of stage 'self'"):
+        run.fit()
+    assert run.number == 0
+
+
 def test_a_student_with_other_classes_is_refused_at_its_first_step(tmp_path: Path) -> None:
     for config in (
         supervised(8, steps=1, crop=(8, 8)),

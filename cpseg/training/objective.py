@@ -267,13 +267,9 @@ class TwoStageObjective:
                 put in evaluation mode for that, and back.
             batch: The images and the external labels.
         """
+        check_external(stage, batch.external)
         own = stage.source in ("student", "teacher")
         soft = batch.external.is_floating_point()
-        if own and stage.merge is not None and soft != (stage.merge in _JOINT):
-            raise InputError(
-                f"batch's external must be {'labels' if soft else 'probabilities'} for merge "
-                f"{stage.merge!r}; got {batch.external.dtype}"
-            )
         if soft and not own:
             return Targets(batch.external, (batch.external > 0).any(1) & batch.valid)
         if stage.merge in _JOINT or stage.own == "probabilities":
@@ -444,6 +440,16 @@ class TwoStageObjective:
         if self.class_weights is None:
             return None
         return torch.tensor(self.class_weights, device=logits.device)
+
+
+def check_external(stage: Stage, external: Tensor) -> None:
+    """Refuse external labels where a stage joins probabilities, and the other way round."""
+    soft = external.is_floating_point()
+    if stage.merge is not None and soft != (stage.merge in _JOINT):
+        raise InputError(
+            f"batch's external must be {'labels' if soft else 'probabilities'} for merge "
+            f"{stage.merge!r} of stage {stage.name!r}; got {external.dtype}"
+        )
 
 
 def labeling(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

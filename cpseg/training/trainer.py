@@ -32,7 +32,7 @@ from cpseg.training.distributed import Processes, processes
 from cpseg.training.evaluation import Evaluation, evaluate
 from cpseg.training.journal import Journal
 from cpseg.training.learner import Learner
-from cpseg.training.objective import Batch, Stage, TwoStageObjective
+from cpseg.training.objective import Batch, Stage, TwoStageObjective, check_external
 from cpseg.training.train_config import TrainConfig
 
 __all__ = ["FitResult", "Step", "Trainer"]
@@ -265,6 +265,9 @@ class Trainer:
         stage, _ = self.objective.stage_at(self.number)
         if self.annotator is not None and (stage.source == "external" or stage.merge):
             parts = [self._annotated(batch, self.annotator) for batch in parts]
+        if len(parts[0].weak):
+            for each in config.stages:  # one data set serves all: do not wait for the last
+                check_external(each, parts[0].external)
         found = self.learner.step(self.objective, parts, self.number)
         self.number += 1
         key = self._key(stage)
