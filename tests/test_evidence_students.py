@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -130,6 +131,26 @@ def test_halves_teach_and_calibrate_crosswise(
     assert kept.float().mean() > 0.9  # six images of a half promise 1 / 7, and abstain from little
     sets = (shares > 0).sum(1)[kept]
     assert 1 < sets.float().mean() < shares.shape[1]
+
+
+def test_external_probabilities_are_judged_by_hand(students: Any) -> None:
+    import external  # type: ignore[import-not-found]  # noqa: PLC0415
+
+    frames = students.Frames(
+        ["video1_0", "video2_0"],
+        ["Road", "Building"],
+        torch.zeros(2, 3, 1, 3, dtype=torch.uint8),
+        torch.zeros(2, 2, 1, 3),
+        torch.tensor([[[0, 0, 1]], [[1, 1, 255]]]),
+    )
+    road = torch.tensor([[[0.5, 0.0, 1.0]], [[0.25, 0.0, 0.5]]])
+    found = external.judged(torch.stack((road, 1 - road), 1), frames)
+    assert found["right"] == pytest.approx(3 / 5)  # a tie is the first class
+    assert found["classes"] == pytest.approx(7 / 5)
+    assert found["-log"] == pytest.approx(-math.log(0.5 * 0.75 * 1.0) / 3)
+    assert found["missed Road"] == pytest.approx(1 / 2)  # of the one frame that shows it
+    assert found["missed Building"] == pytest.approx((1 + 0) / 2)
+    assert (found["missed in video1"], found["missed in video2"]) == pytest.approx((2 / 3, 0.0))
 
 
 def test_a_run_of_another_process_is_left_alone(students: Any, tmp_path: Path) -> None:

@@ -84,14 +84,18 @@ def measure(labeled: Frames, unlabeled: Frames) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for name, shares, left in named(labeled, unlabeled):
         figures = judged(shares, unlabeled)
-        promised = [c for index, c in enumerate(unlabeled.classes) if index not in left]
-        worst = max(promised, key=lambda c, of=figures: cast("float", of[f"missed {c}"]))
+        missed = {
+            c: cast("float", figures[f"missed {c}"])
+            for index, c in enumerate(unlabeled.classes)
+            if index not in left
+        }
+        worst = max(missed, key=missed.__getitem__)
         rows.append(
             {
                 "labels": name,
                 "count": len(labeled),
                 **figures,
-                "worst": f"{worst} {tables.told(figures[f'missed {worst}'])}",
+                "worst": f"{worst} {tables.told(missed[worst])}" if missed[worst] else "",
                 "no promise": " ".join(unlabeled.classes[index] for index in sorted(left)),
             }
         )
