@@ -59,10 +59,10 @@ def judged(shares: Tensor, of: Frames) -> dict[str, object]:
     iou = MeanIoU(classes)
     iou.update(found, of.labels)
     each = [_share(missed, known & (of.labels == c)).nanmean() for c in range(classes)]
+    of_frame = _share(missed, known)
     by_video = {
-        f"missed in {video}": float(_share(missed[at], known[at]).mean())
+        f"missed in {video}": float(of_frame[torch.tensor([v == video for v in of.videos])].mean())
         for video in sorted(set(of.videos))
-        for at in [[index for index, name in enumerate(of.videos) if name == video]]
     }
     return {
         "right": float((found == of.labels)[known].double().mean()),

@@ -109,8 +109,8 @@ class Stage:
         merge: How external labels join the student's or the teacher's own, or with
             ``"multiply"`` and ``"pool"`` external probabilities; None: not at all.
         own: What the student's or the teacher's own are: labels, or with no merge,
-            ``"multiply"`` or ``"pool"`` the probabilities of all classes. Labels turn every doubt into
-            certainty, which the student then learns; probabilities leave it a doubt.
+            ``"multiply"`` or ``"pool"`` the probabilities of all classes. Labels turn every doubt
+            into certainty, which the student then learns; probabilities leave it a doubt.
         threshold: From which confidence an own target is kept: that of the most likely class, in
             what is trained on. External labels and probabilities have none.
         labeled_weight: Weight of the labeled loss over the stage's progress.
@@ -297,7 +297,7 @@ class TwoStageObjective:
         return Targets(labels, (confidence >= stage.threshold) & batch.valid)
 
     def _shares(self, stage: Stage, labeler: nn.Module, batch: Batch) -> Tensor:
-        """A network's own probabilities, or what they and external ones are together.
+        """A network's own probabilities, or those joined with external ones. ``(U, C, H, W)``.
 
         With class weights a network says each class as many times too often as its weight. From
         probabilities it would learn to do so once more, and more with every step: there the
