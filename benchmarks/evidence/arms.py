@@ -1,7 +1,7 @@
 """The arms: external labels, and how a student learns from them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from external_labels import (
@@ -122,10 +122,13 @@ def strong(config: TrainConfig) -> TrainConfig:
 
 @dataclass(frozen=True)
 class Arm:
-    """External labels, and how they are learned from; with ``again``, of the labeled frames."""
+    """External labels, and how they are learned from; with ``again``, of the labeled frames.
+
+    Two are equal if their external labels are.
+    """
 
     labels: Labels
-    recipe: Recipe
+    recipe: Recipe = field(compare=False)
     again: bool = False
 
     def taught(self, split: Split) -> Frames:

@@ -40,8 +40,7 @@ from typing import Literal, get_args
 
 import frames
 import torch
-from arms import ARMS, BESIDE
-from external_labels import Labels
+from arms import ARMS, BESIDE, Arm
 from frames import Frames, Split, split_of
 from scipy.stats import t as student_t
 from student import DECAY, LABELED, LR, NORMALIZE, UNLABELED, Student
@@ -237,9 +236,9 @@ def run(
     until = time.monotonic() + 60 * minutes
 
     @lru_cache(maxsize=1)  # some take minutes, and the seeds of an arm share them
-    def external(labels: Labels, count: int, held_out: str, *, again: bool) -> Tensor:
+    def external(arm: Arm, count: int, held_out: str) -> Tensor:
         split = splits(count, held_out)
-        return labels(split.labeled, split.labeled if again else split.unlabeled)
+        return arm.labels(split.labeled, arm.taught(split))
 
     for task in tasks:
         split = splits(task.count, task.held_out)
@@ -248,8 +247,7 @@ def run(
         with alone(work / f"{place.name}.lock") as ours:
             if not ours or key in rows_of(results):
                 continue
-            arm = ARMS[task.arm]
-            labels = external(arm.labels, task.count, task.held_out, again=arm.again)
+            labels = external(ARMS[task.arm], task.count, task.held_out)
             student = train(task, split, labels, place, until)
             if student is None:
                 return
