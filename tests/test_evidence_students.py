@@ -133,6 +133,24 @@ def test_halves_teach_and_calibrate_crosswise(
     assert 1 < sets.float().mean() < shares.shape[1]
 
 
+def test_a_pixel_is_thinned_by_the_size_of_its_set(students: Any, external_labels: Any) -> None:
+    labeled, unlabeled = students.shapes(20, 2, "train0"), students.shapes(20, 3, "train1")
+    found = external_labels.thinned_by_size(labeled, unlabeled)
+    size = (external_labels.the_set(labeled, unlabeled) > 0).sum(1)
+    kept = found < 255
+    assert torch.equal(kept[size == 1], torch.ones(int((size == 1).sum()), dtype=torch.bool))
+    assert not kept[size == 0].any()
+    for count in (2, 3):
+        pixels = int((size == count).sum())
+        assert pixels > 300
+        deviation = (1 / count * (1 - 1 / count) / pixels) ** 0.5
+        assert float(kept[size == count].float().mean()) == pytest.approx(
+            1 / count, abs=5 * deviation
+        )
+    argmax = external_labels.kept_by("class: Argmax")(labeled, unlabeled)
+    assert torch.equal(found[kept], argmax[kept])
+
+
 def test_external_probabilities_are_judged_by_hand(students: Any) -> None:
     import external  # type: ignore[import-not-found]  # noqa: PLC0415
 

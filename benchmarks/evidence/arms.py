@@ -21,6 +21,7 @@ from external_labels import (
     refined_both_ways,
     right_only,
     the_set,
+    thinned_by_size,
     truth,
 )
 from frames import Frames, Split
@@ -184,6 +185,7 @@ ARMS = {
     "recalibrated labels": Arm(recalibrated_labels, external),
     "equal shares of the set, by class": Arm(the_set, external),
     "argmax in the set, levels by class": Arm(levels_by_class, external),
+    "argmax in the set, thinned by its size": Arm(thinned_by_size, external),
     "singletons, by class, over all pixels": Arm(kept_by("class: Singleton"), over_all_pixels),
     "recalibrated probabilities, then joint labels": Arm(recalibrated_alone, then_joint),
     "recalibrated probabilities, then self-reliance for half": Arm(

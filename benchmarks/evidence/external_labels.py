@@ -176,6 +176,17 @@ def levels_by_class(labeled: Frames, unlabeled: Frames) -> Tensor:
     return frame_by_frame(Argmax(by_class(labeled, alphas)), unlabeled)
 
 
+def thinned_by_size(labeled: Frames, unlabeled: Frames) -> Tensor:
+    """The argmax in the set, of one pixel in as many as its set has classes.
+
+    So a pixel's weight is, in the mean, one over the size of its set.
+    """
+    shares = in_the_set(by_class)(labeled, unlabeled)
+    size = (shares > 0).sum(1)
+    drawn = torch.rand(size.shape, generator=torch.Generator().manual_seed(0))
+    return torch.where((size > 0) & (drawn * size < 1), shares.argmax(1), 255)
+
+
 def the_set(labeled: Frames, unlabeled: Frames) -> Tensor:
     """One share for each class of the set, 0 for all others."""
     shares = in_the_set(by_class)(labeled, unlabeled)
