@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 from frames import Frames
-from labels import rules
+from labels import halves, rules
 from student import DECAY, LABELED, LR, Student
 from torch import Tensor, nn
 
@@ -62,12 +62,6 @@ def by_class(labeled: Frames, alpha: float | Fraction | list[float] = ALPHA) -> 
     return calibrator.update(labeled.logits, labeled.labels).compute(alpha, "pooled")
 
 
-def halves(labeled: Frames) -> tuple[Frames, Frames]:
-    """Every second labeled frame, to learn from, and the others, to calibrate on."""
-    every = list(range(len(labeled)))
-    return labeled[every[::2]], labeled[every[1::2]]
-
-
 def recalibrated(labeled: Frames) -> Calibration:
     """Temperature and class biases from every second labeled frame, thresholds from the others.
 
@@ -82,17 +76,16 @@ def recalibrated(labeled: Frames) -> Calibration:
     return calibrator.compute(ALPHA, "pooled")
 
 
+def recalibrated_on(known: Frames, frames: Frames) -> Tensor:
+    """Probabilities of all classes, temperature and class biases being those of ``known``."""
+    make = partial(ClassConditionalCalibrator, len(known.classes))
+    score = recalibrate(make, [(known.logits, known.labels)], []).score
+    return cast("Recalibrated", score).logits(frames.logits).softmax(1)
+
+
 def recalibrated_alone(labeled: Frames, unlabeled: Frames) -> Tensor:
-    """Probabilities after recalibration, of all classes."""
-    score = cast("Recalibrated", recalibrated(labeled).score)
-    return score.logits(unlabeled.logits).softmax(1)
-
-
-def recalibrated_on_all(labeled: Frames, unlabeled: Frames) -> Tensor:
-    """As :func:`recalibrated_alone`, from all labeled frames: thresholds, which need others, are none."""
-    make = partial(ClassConditionalCalibrator, len(labeled.classes))
-    score = recalibrate(make, [(labeled.logits, labeled.labels)], []).score
-    return cast("Recalibrated", score).logits(unlabeled.logits).softmax(1)
+    """Recalibrated by every second labeled frame."""
+    return recalibrated_on(halves(labeled)[0], unlabeled)
 
 
 def recalibrated_labels(labeled: Frames, unlabeled: Frames) -> Tensor:
