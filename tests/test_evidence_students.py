@@ -25,6 +25,15 @@ def students(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
+def standings(students: Any) -> Any:
+    """The script beside it that says how the arms stand."""
+    del students  # which has made it importable
+    import standings as script  # type: ignore[import-not-found]  # noqa: PLC0415
+
+    return script
+
+
+@pytest.fixture
 def external_labels(students: Any) -> Any:
     """The module beside it."""
     del students  # which has made it importable
@@ -244,16 +253,58 @@ def test_an_arm_may_take_the_labeled_frames_for_unlabeled_ones(students: Any) ->
     assert students.ARMS["raw"].taught(split).names == split.unlabeled.names
 
 
-def test_the_page_shows_the_rows_that_are_there(students: Any) -> None:
-    page = students.RESULTS.with_suffix(".md").read_text(encoding="utf-8")
-    assert page == students.table(students.RESULTS)
+def test_the_page_shows_the_rows_that_are_there(standings: Any) -> None:
+    page = standings.RESULTS.with_suffix(".md").read_text(encoding="utf-8")
+    assert page == standings.table(standings.RESULTS)
 
 
-def test_intervals_are_students(students: Any) -> None:
+def run_of(students: Any, arm: str, seed: int, steps: int, miou: dict[str, float]) -> Any:
+    """A row of results."""
+    held_out = next(reversed(miou)) if len(miou) > 1 else ""
+    values = (arm, 46, seed, "90x120", held_out, steps, "", 0.0, 1.0, 0.9, json.dumps(miou), "", "")
+    return dict(zip(students.COLUMNS, map(str, values), strict=True))
+
+
+def test_the_figure_shows_what_arms_gain_on_raw_labels(
+    students: Any, standings: Any, tmp_path: Path
+) -> None:
+    results = tmp_path / "students.csv"
+    for arm, seed, steps, miou in (
+        ("labels only", 0, 10, 0.3),
+        ("labels only", 1, 10, 0.5),
+        ("labels only", 2, 10, 0.9),  # of which there is no raw
+        ("raw", 1, 10, 0.6),
+        ("raw", 0, 10, 0.5),
+        ("all true labels", 1, 10, 0.7),
+        ("drop every wrong label", 0, 10, 0.4),
+        ("raw", 0, 20, 0.6),
+        ("all true labels", 0, 20, 0.8),
+        ("all true labels", 0, 30, 0.8),  # no raw at all
+    ):
+        students.append(results, run_of(students, arm, seed, steps, {"new": miou}))
+    for arm in ("raw", "all true labels"):
+        students.append(results, run_of(students, arm, 0, 10, {"new": 0.5, "held": 0.6}))
+    found = standings.panels(results)
+    assert list(found) == [f"{steps} steps, 90x120, tested on new" for steps in (20, 10)]
+    last, first = found.values()
+    assert list(first) == ["labels only", "drop every wrong label", "all true labels"]
+    assert first["labels only"] == pytest.approx([-20, -10])
+    assert first["drop every wrong label"] == pytest.approx([-10])
+    assert last == {"all true labels": pytest.approx([20])}
+    text = standings.table(results)
+    assert "tested on held, of which no frame trains" in text
+    assert text.count("of which no frame trains") == 1
+    assert "| 2 | 55.0 | 7.1 | +15.0 [-48.5, +78.5] |" in text  # raw over labels only
+    pytest.importorskip("matplotlib")
+    standings.figure(results, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_intervals_are_students(standings: Any) -> None:
     # mean .02, standard deviation .01, t(.975, 2) = 4.3027: half a width of 2.48 points
-    assert students.interval([0.01, 0.02, 0.03]) == "+2.0 [-0.5, +4.5]"
-    assert students.interval([0.012]) == "+1.2"
-    assert students.interval([]) == ""
+    assert standings.interval([0.01, 0.02, 0.03]) == "+2.0 [-0.5, +4.5]"
+    assert standings.interval([0.012]) == "+1.2"
+    assert standings.interval([]) == ""
 
 
 def test_an_annotator_is_refined_on_every_second_labeled_frame(

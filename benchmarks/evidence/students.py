@@ -5,12 +5,12 @@ on external labels of the other frames; ``arms.py`` says what an arm is, ``stude
 constants here what is the same for all. They were settled on seed 100 and on val; seeds 0 to 4
 count.
 Every run is one row of a results file. A row that is there is never run again, a run that was cut
-goes on where it stopped, and several processes may work on one file.
+goes on where it stopped, and several processes may work on one file; ``standings.py`` says how the
+arms stand.
 
     python benchmarks/evidence/students.py --data PATH [--arms NAME ...] [--counts 46 ...]
         [--seeds 0 1 2 3 4] [--steps 1500] [--hold-out VIDEO] [--whole] [--minutes 50]
         [--precision fp32] [--jobs 2]
-    python benchmarks/evidence/students.py --table    # also beside the results, for the docs
     python benchmarks/evidence/students.py --quick
 
 With ``--hold-out`` no frame of that video trains or calibrates, labeled or not, and its frames
@@ -19,11 +19,9 @@ numbers mean nothing.
 """
 
 import argparse
-import csv
 import fcntl
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,19 +29,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import product
-from math import isnan, sqrt
+from math import isnan
 from pathlib import Path
-from shutil import rmtree, which
-from statistics import mean, stdev
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Literal, get_args
 
 import frames
 import torch
-from arms import ARMS, BESIDE, Arm
+from arms import ARMS, Arm
 from frames import Frames, Split, split_of
-from scipy.stats import t as student_t
+from rows import COLUMNS, RESULTS, Key, append, rows_of
+from standings import table
 from student import DECAY, LABELED, LR, NORMALIZE, UNLABELED, Student
+from tables import COMMIT
 from torch import Tensor, nn
 
 from cpseg.annotators import SyntheticAnnotator
@@ -51,15 +50,8 @@ from cpseg.data import ColorJitter, SyntheticShapes
 from cpseg.metrics import MeanIoU, SelectiveAccuracy
 from cpseg.training import TrainConfig, Trainer, class_weights_from
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "students.csv"
-WORK = HERE.parent.parent / "build" / "evidence-students"  # of runs that are not done
-COLUMNS = (
-    *("arm", "count", "seed", "size", "held_out", "steps", "commit", "miou"),
-    *("kept", "right", "miou_by_video", "iou_by_class", "precision"),
-)
-KEYS = COLUMNS.index("commit")  # what comes before tells runs apart
-Key = tuple[str, ...]
+# Of runs that are not done.
+WORK = Path(__file__).parents[2] / "build" / "evidence-students"
 Precision = Literal["fp32", "bf16"]  # bfloat16 is slow where the processor does not have it
 
 # The same for all arms; STEPS are the optimizer's, whatever a step sees.
@@ -149,7 +141,7 @@ def row_of(task: Task, split: Split, student: torch.nn.Module, external: Tensor)
     videos_iou = {video: round(_miou(metric), 4) for video, metric in by_video.items()}
     per_class = iou.classes.mean_of_pixels.value.tolist()
     return dict(zip(COLUMNS, task.key(split.size), strict=False)) | {
-        "commit": commit(),
+        "commit": COMMIT,
         "miou": f"{_miou(overall):.4f}",
         "kept": f"{float(labels.kept.mean_of_pixels.value):.4f}",
         "right": f"{float(labels.accuracy_of_kept.mean_of_pixels.value):.4f}",
@@ -176,21 +168,6 @@ def _miou(metric: MeanIoU) -> float:
     return float(metric.compute(resamples=1).mean_of_labeled_classes.value)
 
 
-@cache
-def commit() -> str:
-    """The commit that this process started from, with a plus if the code is not quite that."""
-    git = [which("git") or "git", "-C", str(HERE)]
-    code = ["--", str(HERE.parent.parent / "cpseg"), str(HERE)]
-    found = subprocess.run(
-        [*git, "rev-parse", "--short=9", "HEAD"], check=False, capture_output=True, text=True
-    )
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", *code], check=False, capture_output=True, text=True
-    )
-    files = [line for line in changed.stdout.splitlines() if line.endswith(".py")]
-    return (found.stdout.strip() or "unknown") + ("+" if files else "")
-
-
 @contextmanager
 def alone(path: Path) -> Iterator[bool]:
     """Whether this process alone holds a file for the while; one that dies lets go of it."""
@@ -204,25 +181,6 @@ def alone(path: Path) -> Iterator[bool]:
         yield True
 
 
-def rows_of(results: Path) -> dict[Key, dict[str, str]]:
-    """The rows of a results file by what was run."""
-    if not results.exists():
-        return {}
-    with results.open(newline="", encoding="utf-8") as file:
-        return {tuple(row[c] for c in COLUMNS[:KEYS]): row for row in csv.DictReader(file)}
-
-
-def append(results: Path, row: dict[str, str]) -> None:
-    """Add a row; alone with the file for the while."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a", newline="", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if results.stat().st_size == 0:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def run(
     tasks: list[Task],
     splits: Callable[[int, str], Split],
@@ -232,7 +190,6 @@ def run(
     minutes: float,
 ) -> None:
     """Train what is not in the results yet, in order, until the time is up."""
-    commit()
     until = time.monotonic() + 60 * minutes
 
     @lru_cache(maxsize=1)  # some take minutes, and the seeds of an arm share them
@@ -257,61 +214,6 @@ def run(
             print(row["miou"], *key, flush=True)
         if time.monotonic() > until:
             return
-
-
-def interval(values: list[float]) -> str:
-    """Mean and 95 % t-interval of paired differences, in points."""
-    if len(values) < 2:
-        return f"{100 * values[0]:+.1f}" if values else ""
-    half = float(student_t.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
-    middle = mean(values)
-    return f"{100 * middle:+.1f} [{100 * (middle - half):+.1f}, {100 * (middle + half):+.1f}]"
-
-
-def table(results: Path) -> str:
-    """Mean and spread of each arm, and its paired differences over the seeds two arms share."""
-    found: dict[tuple[str, str, str, str], dict[str, dict[str, dict[str, str]]]] = {}
-    for (arm, count, seed, size, held_out, steps), row in rows_of(results).items():
-        group = found.setdefault((count, size, held_out, steps), {})
-        group.setdefault(arm, {})[seed] = row
-    lines: list[str] = []
-    beside = [f"minus {arm}" for arm in BESIDE]
-    for (count, size, held_out, steps), arms in sorted(found.items()):
-        tested = sorted(
-            {
-                v
-                for rows in arms.values()
-                for row in rows.values()
-                for v in json.loads(row["miou_by_video"])
-            }
-        )
-        for video in [held_out] if held_out else tested:
-            lines += [
-                f"{count} labeled frames, {size}, {int(steps):,} steps, tested on {video}"
-                + (", of which no frame trains" if held_out else ""),
-                "",
-                f"| arm | kept | right | seeds | mIoU | sd | {' | '.join(beside)} |",
-                "|---" * (6 + len(BESIDE)) + "|",
-            ]
-            score = {
-                arm: {s: float(json.loads(row["miou_by_video"])[video]) for s, row in rows.items()}
-                for arm, rows in arms.items()
-            }
-            for arm in sorted(arms, key=list(ARMS).index):
-                values, rows = score[arm], arms[arm].values()
-                kept, right = (mean(float(row[name]) for row in rows) for name in ("kept", "right"))
-                cells = [arm, f"{kept:.4f}", "" if isnan(right) else f"{right:.4f}"]
-                cells.append(str(len(values)))
-                cells.append(f"{100 * mean(values.values()):.1f}")
-                cells.append(f"{100 * stdev(values.values()):.1f}" if len(values) > 1 else "")
-                for other in BESIDE:
-                    pairs = [
-                        values[s] - score[other][s] for s in values if s in score.get(other, {})
-                    ]
-                    cells.append("" if arm == other else interval(pairs))
-                lines.append(f"| {' | '.join(cells)} |")
-            lines.append("")
-    return "\n".join(lines)
 
 
 # --- the synthetic run ----------------------------------------------------------------------------
@@ -364,7 +266,6 @@ def main(words: list[str]) -> None:
     parser.add_argument("--minutes", type=float, default=50)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--table", action="store_true")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args(words)
     torch.set_num_threads(1)
@@ -372,13 +273,8 @@ def main(words: list[str]) -> None:
         with TemporaryDirectory() as folder:
             print(quick(ARMS, 30, (0, 1), Path(folder)))
         return
-    if given.table:
-        page = table(given.results)
-        print(page)
-        given.results.with_suffix(".md").write_text(page, encoding="utf-8")
-        return
     if given.data is None:
-        parser.error("--data must name the folder of frames, unless --quick or --table is given")
+        parser.error("--data must name the folder of frames, unless --quick is given")
     train_frames, val = (
         frames.load(given.data, part, whole=given.whole) for part in ("train", "val")
     )

@@ -4,6 +4,7 @@ import csv
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shutil import which
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -11,18 +12,14 @@ Row = Mapping[str, object]
 
 
 def commit() -> str:
-    """The commit of this checkout, with a plus if it has been changed since."""
+    """The commit of this checkout, with a plus if its code has been changed since."""
     here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
-    head = subprocess.run(
-        [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", ":(top)*.py"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    git = [which("git") or "git", "-C", str(here)]
+    code = [":(top)cpseg/*.py", str(here / "*.py")]
+    head, changed = (
+        subprocess.run([*git, *words], capture_output=True, text=True, check=False).stdout.strip()
+        for words in (["rev-parse", "--short=9", "HEAD"], ["status", "--porcelain", "--", *code])
+    )
     return (head or "unknown") + ("+" if changed else "")
 
 
