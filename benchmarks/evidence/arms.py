@@ -42,30 +42,15 @@ def external(classes: int, steps: int, crop: tuple[int, int]) -> TrainConfig:
 
 
 def then_self(
-    classes: int, steps: int, crop: tuple[int, int], own: Own = "labels", share: int = 4
-) -> TrainConfig:
-    last = steps // share
-    return strong(
-        conformal_sam(
-            classes,
-            external_steps=steps - last,
-            self_steps=last,
-            crop=crop,
-            own=own,
-            ema_decay=DECAY,
-        )
-    )
-
-
-def then_joint(
     classes: int,
     steps: int,
     crop: tuple[int, int],
     *,
     own: Own = "labels",
-    merge: Merge = "multiply",
+    merge: Merge | None = None,
     share: int = 4,
 ) -> TrainConfig:
+    """The student's own in the last part; what joins external labels weighs the same to the end."""
     last = steps // share
     return strong(
         conformal_sam(
@@ -73,7 +58,7 @@ def then_joint(
             external_steps=steps - last,
             self_steps=last,
             crop=crop,
-            rate=0.0,
+            rate=1.0 if merge is None else 0.0,
             own=own,
             merge=merge,
             ema_decay=DECAY,
@@ -151,12 +136,12 @@ ARMS = {
         recalibrated_alone, partial(then_self, own="probabilities")
     ),
     "recalibrated probabilities, then joint": Arm(
-        recalibrated_alone, partial(then_joint, own="probabilities")
+        recalibrated_alone, partial(then_self, own="probabilities", merge="multiply")
     ),
     "refined probabilities": Arm(refined, external),
     "refined both ways, in both sets": Arm(refined_both_ways, external),
     "refined both ways, in both sets, then pooled with own": Arm(
-        refined_both_ways, partial(then_joint, own="probabilities", merge="pool", share=2)
+        refined_both_ways, partial(then_self, own="probabilities", merge="pool", share=2)
     ),
     "all true labels": Arm(truth, external),
     "drop every wrong label": Arm(right_only, external),
@@ -164,7 +149,9 @@ ARMS = {
     "probabilities in the set": Arm(in_the_set(by_class), external),
     "singletons, by class": Arm(kept_by("class: Singleton"), external),
     "singletons, pooled": Arm(kept_by("pooled: Singleton"), external),
-    "recalibrated probabilities in the set, then joint": Arm(in_the_set(recalibrated), then_joint),
+    "recalibrated probabilities in the set, then joint": Arm(
+        in_the_set(recalibrated), partial(then_self, merge="multiply")
+    ),
     "argmax in the set, by class, then self-reliance": Arm(kept_by("class: Argmax"), then_self),
     "self-training alone": Arm(nothing, self_trained),
     "weak to strong": Arm(nothing, weak_to_strong),
@@ -187,7 +174,9 @@ ARMS = {
     "argmax in the set, levels by class": Arm(levels_by_class, external),
     "argmax in the set, thinned by its size": Arm(thinned_by_size, external),
     "singletons, by class, over all pixels": Arm(kept_by("class: Singleton"), over_all_pixels),
-    "recalibrated probabilities, then joint labels": Arm(recalibrated_alone, then_joint),
+    "recalibrated probabilities, then joint labels": Arm(
+        recalibrated_alone, partial(then_self, merge="multiply")
+    ),
     "recalibrated probabilities, then self-reliance for half": Arm(
         recalibrated_alone, partial(then_self, own="probabilities", share=2)
     ),
