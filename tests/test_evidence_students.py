@@ -160,6 +160,15 @@ def test_a_pixel_is_thinned_by_the_size_of_its_set(students: Any, external_label
     assert torch.equal(found[kept], argmax[kept])
 
 
+def test_a_level_of_its_own_takes_no_class_away(students: Any, external_labels: Any) -> None:
+    labeled, unlabeled = students.shapes(12, 2, "train0"), students.shapes(12, 3, "train1")
+    rare = len(labeled.classes) - 1
+    drawn = torch.rand(labeled.labels.shape, generator=torch.Generator().manual_seed(0))
+    labeled.labels[(labeled.labels == rare) & (drawn < 0.98)] = 0
+    found = external_labels.levels_by_class(labeled, unlabeled)
+    assert (found == rare).any()
+
+
 def test_external_probabilities_are_judged_by_hand(students: Any) -> None:
     import external  # type: ignore[import-not-found]  # noqa: PLC0415
 

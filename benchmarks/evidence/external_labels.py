@@ -57,7 +57,9 @@ def kept_by(name: str) -> Labels:
     return labels
 
 
-def by_class(labeled: Frames, alpha: float | Fraction | list[float] = ALPHA) -> Calibration:
+def by_class(
+    labeled: Frames, alpha: float | Fraction | list[float | Fraction] = ALPHA
+) -> Calibration:
     calibrator = ClassConditionalCalibrator(len(labeled.classes))
     return calibrator.update(labeled.logits, labeled.labels).compute(alpha, "pooled")
 
@@ -165,7 +167,9 @@ def levels_by_class(labeled: Frames, unlabeled: Frames) -> Tensor:
     """The argmax in the set, where a frequent class is left out more readily than a rare one."""
     classes = len(labeled.classes)
     counts = torch.bincount(labeled.labels[labeled.labels < classes], minlength=classes)
-    alphas = (ALPHA * (counts / counts.double().mean()).sqrt()).clamp(0.01, 0.5).tolist()
+    usual = (ALPHA * (counts / counts.double().mean()).sqrt()).clamp(max=0.5).tolist()
+    least = Fraction(1, len(labeled) + 1)  # below it nothing can be promised, and a class is lost
+    alphas = [max(alpha, least) for alpha in usual]
     return frame_by_frame(Argmax(by_class(labeled, alphas)), unlabeled)
 
 
