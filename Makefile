@@ -20,8 +20,8 @@ demo: $(VENV)/.core ## run the main job on synthetic images
 	$(RUN) -m cpseg demo
 
 .PHONY: test
-test: $(VENV)/.dev ## all tests and the examples in docstrings
-	$(RUN) -m pytest
+test: $(VENV)/.dev ## all tests and the examples in docstrings, on as many cores as there are
+	$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: lint
 lint: $(VENV)/.dev ## ruff: rules and format
