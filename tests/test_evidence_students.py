@@ -189,6 +189,25 @@ def test_external_probabilities_are_judged_by_hand(students: Any) -> None:
     assert (found["missed in video1"], found["missed in video2"]) == pytest.approx((2 / 3, 0.0))
 
 
+def test_annotators_are_tested_on_videos_that_taught_nothing(
+    students: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import external  # type: ignore[import-not-found]  # noqa: PLC0415
+
+    monkeypatch.setattr(
+        external, "measure", lambda known, new: [{"count": len(known), "new": new.names}]
+    )
+    one, two = students.shapes(6, 2, "train0"), students.shapes(4, 5, "train1")
+    both = joined(students, one, two)
+    val = students.shapes(3, 3, "train1")
+    rows = external.tested(both, val, [0, 1, 7])
+    assert rows == [
+        {"tested": "val", "count": 3, "new": val.names},
+        {"tested": "train0", "count": 1, "new": one.names},
+        {"tested": "train1", "count": 2, "new": val.names + two.names},
+    ]
+
+
 def test_a_run_of_another_process_is_left_alone(students: Any, tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     with students.alone(path) as first, students.alone(path) as second:
@@ -197,16 +216,21 @@ def test_a_run_of_another_process_is_left_alone(students: Any, tmp_path: Path) -
         assert again
 
 
-def test_a_held_out_video_is_tested_and_never_trained_on(students: Any) -> None:
-    old, new = students.shapes(6, 2, "train0"), students.shapes(4, 5, "train1")
-    both = students.Frames(
-        old.names + new.names,
-        old.classes,
+def joined(students: Any, one: Any, other: Any) -> Any:
+    """The frames of both."""
+    return students.Frames(
+        one.names + other.names,
+        one.classes,
         *(
-            torch.cat((getattr(old, part), getattr(new, part)))
+            torch.cat((getattr(one, part), getattr(other, part)))
             for part in ("images", "logits", "labels")
         ),
     )
+
+
+def test_a_held_out_video_is_tested_and_never_trained_on(students: Any) -> None:
+    old, new = students.shapes(6, 2, "train0"), students.shapes(4, 5, "train1")
+    both = joined(students, old, new)
     val = students.shapes(3, 3, "valid0")
     split = students.split_of(both, val, [0, 1, 7], "train1")
     assert split.labeled.videos == ["train0"] * 2

@@ -6,7 +6,10 @@ its mIoU, the mean negative logarithm of the true class's probability where it h
 classes have one, and the share of pixels whose true class has none: of each class, in the mean of
 the frames that show it, and of each video. ``results/external.csv`` has all of it.
 
-    python benchmarks/evidence/external.py --data PATH [--count 46]
+With ``--test`` it is val's frames, and each video's when no frame of it taught or calibrated, that
+are judged, as students are: ``results/external_test.csv``.
+
+    python benchmarks/evidence/external.py --data PATH [--count 46] [--test]
 """
 
 import argparse
@@ -102,20 +105,37 @@ def measure(labeled: Frames, unlabeled: Frames) -> list[dict[str, object]]:
     return rows
 
 
+def tested(train: Frames, val: Frames, labeled: list[int]) -> list[dict[str, object]]:
+    """The same rows of val, and of each video that takes no part in what is learned."""
+    rows: list[dict[str, object]] = []
+    for video in ("", *sorted(set(train.videos))):
+        split = split_of(train, val, labeled, video)
+        shown = [i for i, v in enumerate(split.test.videos) if video in ("", v)]
+        found = measure(split.labeled, split.test[shown])
+        rows += [{"tested": video or "val", **row} for row in found]
+    return rows
+
+
 def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--count", type=int, default=46)
+    parser.add_argument("--test", action="store_true")
     given = parser.parse_args(words)
     train, val = (frames.load(given.data, part) for part in ("train", "val"))
-    split = split_of(train, val, frames.labeled(given.data, given.count, train), "")
-    rows = measure(split.labeled, split.unlabeled)
-    tables.write(tables.RESULTS / "external.csv", rows)
-    print(
-        tables.markdown(rows, ["labels", "right", "miou", "-log", "classes", "worst", "no promise"])
-    )
+    labeled = frames.labeled(given.data, given.count, train)
+    columns = ["labels", "right", "miou", "-log", "classes", "worst", "no promise"]
+    if given.test:
+        name, columns = "external_test.csv", ["tested", *columns]
+        rows = tested(train, val, labeled)
+    else:
+        name = "external.csv"
+        split = split_of(train, val, labeled, "")
+        rows = measure(split.labeled, split.unlabeled)
+    tables.write(tables.RESULTS / name, rows)
+    print(tables.markdown(rows, columns))
 
 
 if __name__ == "__main__":
