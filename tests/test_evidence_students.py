@@ -192,7 +192,7 @@ def test_external_probabilities_are_judged_by_hand(students: Any) -> None:
 def test_annotators_are_tested_on_videos_that_taught_nothing(
     students: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import external  # type: ignore[import-not-found]  # noqa: PLC0415
+    import external  # noqa: PLC0415
 
     monkeypatch.setattr(
         external, "measure", lambda known, new: [{"count": len(known), "new": new.names}]
