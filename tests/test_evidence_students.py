@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -118,28 +119,20 @@ def test_seeds_and_arms_share_external_labels(
     assert len(students.rows_of(results)) == len(tasks)
 
 
-def test_halves_teach_and_calibrate_crosswise(
+def test_both_ways_takes_the_least_level_that_its_halves_can_promise(
     students: Any, external_labels: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[tuple[list[str], list[str]]] = []
-
-    def refined_on(known: Any) -> Any:
-        def answer(frames: Any) -> Any:
-            told.append((known.names, frames.names))
-            return frames
-
-        return answer
-
-    monkeypatch.setattr(external_labels, "refined_on", refined_on)
-    labeled, unlabeled = students.shapes(12, 2, "train0"), students.shapes(4, 3, "train1")
-    shares = external_labels.refined_both_ways(labeled, unlabeled)
-    even, odd = labeled.names[::2], labeled.names[1::2]
-    new = unlabeled.names
-    assert sorted(told) == sorted([(even, odd), (even, new), (odd, even), (odd, new)])
-    kept = (shares > 0).any(1)
-    assert kept.float().mean() > 0.9  # six images of a half promise 1 / 7, and abstain from little
-    sets = (shares > 0).sum(1)[kept]
-    assert 1 < sets.float().mean() < shares.shape[1]
+    monkeypatch.setattr(external_labels, "taught", lambda _: lambda _, logits: logits)
+    unlabeled = students.shapes(4, 3, "train1")
+    for count, alpha in ((12, Fraction(2, 7)), (13, Fraction(2, 7)), (40, Fraction(1, 10))):
+        labeled = students.shapes(count, 2, "train0")
+        both = external_labels.cross_fitted(labeled)
+        assert [side.calibration.alpha for side in both.sides] == [float(alpha / 2)] * 2
+        shares = external_labels.refined_both_ways(labeled, unlabeled)
+        kept = (shares > 0).any(1)
+        assert kept.float().mean() > 0.9
+        sets = (shares > 0).sum(1)[kept]
+        assert 1 < sets.float().mean() < shares.shape[1]
 
 
 def test_a_pixel_is_thinned_by_the_size_of_its_set(students: Any, external_labels: Any) -> None:

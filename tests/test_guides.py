@@ -343,10 +343,7 @@ def test_training(
     told = found["unlabeled"][0][1]
     torch.testing.assert_close(told.sum(0), torch.ones(40, 36))
     assert not torch.equal(told, logits["2"].softmax(0))
-    assert [len(soft.calibration.thresholds) for _, soft in found["annotators"]] == [21, 21]
-    halves = [{id(said) for _, said, _ in half} for half in found["halves"]]
-    assert [len(half) for half in halves] == [19, 19]
-    assert halves[0].isdisjoint(halves[1])
+    assert [len(side.calibration.thresholds) for side in found["both"].sides] == [21, 21]
     assert found["trainer"].config.class_weights == found["config"].class_weights
     assert found["trainer"].batches.color == found["mild"]
     found["trainer"].fit()

@@ -21,7 +21,7 @@ from typing import cast
 import frames
 import tables
 import torch
-from external_labels import crosswise, frame_by_frame, recalibrated_alone
+from external_labels import cross_fitted, recalibrated_alone, told
 from frames import Frames, split_of
 from torch import Tensor
 
@@ -34,22 +34,22 @@ def named(labeled: Frames, unlabeled: Frames) -> Iterator[tuple[str, Tensor, set
     """Probabilities, and the classes that no set promises anything about."""
     yield "as they are", unlabeled.logits.softmax(1), set()
     yield "recalibrated", recalibrated_alone(labeled, unlabeled), set()
-    sides = crosswise(labeled, unlabeled)
-    one, other = (said.logits.softmax(1) for said, _ in sides)
+    both = cross_fitted(labeled)
+    logits = [told(side.annotator, unlabeled) for side in both.sides]
+    one, other = (each.softmax(1) for each in logits)
     yield "refined on one half", one, set()
     yield "refined on the other", other, set()
     yield "both, pooled", pool_probabilities(one.log(), other), set()
-    soft = [frame_by_frame(SoftLabels(calibration), said) for said, calibration in sides]
-    left = [
-        set(calibration.fallback_groups.nonzero().flatten().tolist()) for _, calibration in sides
-    ]
-    yield "one, in its set", soft[0], left[0]
-    yield "the other, in its set", soft[1], left[1]
-    yield (
-        "both, in both sets, pooled",
-        pool_probabilities(soft[0].log(), soft[1]),
-        left[0] | left[1],
-    )
+    names = ("one, in its set", "the other, in its set")
+    for name, side, said in zip(names, both.sides, logits, strict=True):
+        calibration = side.calibration
+        kept = torch.cat([SoftLabels(calibration)(each[None]) for each in said])
+        yield name, kept, _marked(calibration.fallback_groups)
+    yield "both, in both sets, pooled", told(both, unlabeled), _marked(both.unpromised)
+
+
+def _marked(classes: Tensor) -> set[int]:
+    return set(classes.nonzero().flatten().tolist())
 
 
 def judged(shares: Tensor, of: Frames) -> dict[str, object]:

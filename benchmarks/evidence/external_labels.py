@@ -1,7 +1,6 @@
 """What becomes of an annotator's labels of the unlabeled frames: the external labels of an arm."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import partial
 from typing import cast
@@ -15,7 +14,15 @@ from torch import Tensor, nn
 from cpseg import Argmax, Calibration, ClassConditionalCalibrator
 from cpseg.filters import SoftLabels
 from cpseg.fitted import Recalibrated, recalibrate
-from cpseg.training import class_weights_from, pool_probabilities, refine
+from cpseg.quantile import level
+from cpseg.training import (
+    Corrected,
+    CrossFitted,
+    Example,
+    class_weights_from,
+    cross_fit,
+    refine,
+)
 
 ALPHA = 0.1
 
@@ -97,64 +104,50 @@ def recalibrated_labels(labeled: Frames, unlabeled: Frames) -> Tensor:
 REFINING_STEPS = 600
 
 
-def refined_on(known: Frames) -> Callable[[Frames], Frames]:
-    """Frames with the annotator's logits refined by what it gets wrong on ``known``."""
-    classes = len(known.classes)
+def taught(examples: Sequence[Example]) -> Corrected:
+    """The annotator, refined by what it gets wrong on these."""
+    classes = len(examples[0][1])
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = Student(classes, 3 + classes).to(memory_format=torch.channels_last)
     nn.init.zeros_(network.net.head.weight)
     nn.init.zeros_(cast("Tensor", network.net.head.bias))
-    learned = refine(
+    return refine(
         network,
-        list(zip(known.images, known.logits, known.labels, strict=True)),
-        class_weights=class_weights_from([known.labels], classes),
+        examples,
+        class_weights=class_weights_from((labels for _, _, labels in examples), classes),
         steps=REFINING_STEPS,
         batch=LABELED,
         lr=LR,
         ema_decay=DECAY,
     )
 
-    @torch.no_grad()
-    def told(frames: Frames) -> Frames:
-        each = zip(frames.images, frames.logits, strict=True)
-        return replace(
-            frames, logits=torch.cat([learned(image[None], said[None]) for image, said in each])
-        )
 
-    return told
+def examples_of(labeled: Frames) -> list[Example]:
+    return list(zip(labeled.images, labeled.logits, labeled.labels, strict=True))
+
+
+@torch.no_grad()
+def told(annotator: Corrected, frames: Frames) -> Tensor:
+    """What it says of each frame."""
+    each = zip(frames.images, frames.logits, strict=True)
+    return torch.cat([annotator(image[None], logits[None]) for image, logits in each])
 
 
 def refined(labeled: Frames, unlabeled: Frames) -> Tensor:
     """Probabilities of the annotator, refined on every second labeled frame."""
-    return refined_on(halves(labeled)[0])(unlabeled).logits.softmax(1)
+    return told(taught(examples_of(halves(labeled)[0])), unlabeled).softmax(1)
 
 
-def crosswise(labeled: Frames, unlabeled: Frames) -> list[tuple[Frames, Calibration]]:
-    """What two annotators say, each refined on one half of the labeled frames, and its calibration.
-
-    The other half calibrates, at half of ``ALPHA``, or the least level that so few frames can
-    promise.
-    """
-    one, other = halves(labeled)
-    found: list[tuple[Frames, Calibration]] = []
-    for known, kept in ((one, other), (other, one)):
-        told = refined_on(known)
-        level = max(Fraction(ALPHA) / 2, Fraction(1, len(kept) + 1))
-        found.append((told(unlabeled), by_class(told(kept), level)))
-    return found
+def cross_fitted(labeled: Frames) -> CrossFitted:
+    """Two, each refined on what calibrates the other, at the least level where ``ALPHA`` is less."""
+    alpha = max(level(ALPHA), Fraction(2, len(labeled) // 2 + 1))
+    return cross_fit(taught, examples_of(labeled), len(labeled.classes), alpha)
 
 
 def refined_both_ways(labeled: Frames, unlabeled: Frames) -> Tensor:
-    """The pool of two annotators, each within its set.
-
-    Of a class whose thresholds are its own it misses no more than both levels together.
-    """
-    one, other = (
-        frame_by_frame(SoftLabels(calibration), frames)
-        for frames, calibration in crosswise(labeled, unlabeled)
-    )
-    return pool_probabilities(one.log(), other)
+    """The pool of two annotators, each within its set."""
+    return told(cross_fitted(labeled), unlabeled)
 
 
 def probabilities(labeled: Frames, unlabeled: Frames) -> Tensor:

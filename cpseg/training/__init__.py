@@ -18,6 +18,7 @@ from cpseg.training.comparison import (
     compare_on_shapes,
 )
 from cpseg.training.config import train_from_file, trainer_from_file
+from cpseg.training.cross_fitting import Corrected, CrossFitted, Example, Side, cross_fit
 from cpseg.training.distributed import Processes, processes
 from cpseg.training.evaluation import Evaluation, evaluate
 from cpseg.training.journal import Journal
@@ -63,8 +64,11 @@ __all__ = [
     "Comparison",
     "Complement",
     "Constant",
+    "Corrected",
+    "CrossFitted",
     "Denominator",
     "Evaluation",
+    "Example",
     "Exponential",
     "FitResult",
     "JointMode",
@@ -85,6 +89,7 @@ __all__ = [
     "Refined",
     "Relabeled",
     "Schedule",
+    "Side",
     "Stage",
     "Step",
     "StepOutput",
@@ -99,6 +104,7 @@ __all__ = [
     "compare_on_shapes",
     "confidence_thresholds",
     "conformal_sam",
+    "cross_fit",
     "cutmix",
     "evaluate",
     "generator_for",

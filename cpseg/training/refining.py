@@ -67,9 +67,11 @@ class Refined(nn.Module):
             logits: The annotator's. Shape ``(B, C, H, W)``.
 
         Returns:
-            Logits, at least float32. Shape ``(B, C, H, W)``.
+            Logits, at least float32, where the network is. Shape ``(B, C, H, W)``.
         """
-        return self.weighted(images.float() / 255, logits) - self.log_weights.view(-1, 1, 1)
+        device = self.log_weights.device
+        seen = images.to(device).float() / 255
+        return self.weighted(seen, logits.to(device)) - self.log_weights.view(-1, 1, 1)
 
     def weighted(self, images: Tensor, logits: Tensor) -> Tensor:
         """What the loss sees, class weights not divided out; images in ``[0, 1]``."""
