@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, log
 from typing import Any, Self, cast, final
 
 import torch
@@ -13,30 +12,21 @@ from torch import Tensor
 from cpseg import _checks
 from cpseg._pixels import data_mark
 from cpseg.accumulate import upward
-from cpseg.bounds import (
-    PValue,
-    betting,
-    clopper_pearson,
-    fixed_sequence,
-    hoeffding,
-    hoeffding_bentkus,
-    least_units,
-)
+from cpseg.bounds import PValue, betting
 from cpseg.calibration import Calibration, Control, describe_score, score_from_description
 from cpseg.errors import InputError
 from cpseg.protocols import Score
-from cpseg.quantile import MAX_UNITS, UNIT_MASS, budget, level
+from cpseg.quantile import MAX_UNITS
+from cpseg.risk._certifying import Asked, Found, certified, checked_losses
 from cpseg.risk._counting import flattened, occurrences
 from cpseg.risk._record import describe_risk, risk_from_description
 from cpseg.risk._rules import rule_name
 from cpseg.risk.grid import threshold_grid
-from cpseg.risk.kept import KeptError
 from cpseg.risk.losses import Batch, Losses, Risk
 from cpseg.scores import LAC
 
 __all__ = ["RiskCalibrator", "Start"]
 
-_ANY_ORDER: tuple[PValue, ...] = (hoeffding, hoeffding_bentkus, clopper_pearson)
 _BY_LOT = "the order of the tests, a hash of seed and data, as good as drawn by lot"
 
 
@@ -436,40 +426,22 @@ class RiskCalibrator:
         elif simultaneous:
             raise InputError("simultaneous must be False without delta: expectations hold for each")
         self._check_fitted()
-        table = self.table()
-        losses = self._losses(table[self._order(len(table))], alpha)
-        rows, steps = losses.values.shape[1:]
+        asked = Asked(alpha, delta, bound, simultaneous, monotonize)
+        losses = self._losses(alpha)
         grid = torch.zeros(1) if self.grid is None else self.grid.cpu()
+        start = None if self.start is None else self.start.thresholds
+        found = list(certified(self.risk, losses, grid, start, asked))
         safe = -torch.inf if self.risk.keeps else torch.inf
-        thresholds = torch.full((rows,), safe)
-        notes: list[tuple[int, str]] = []
-        for row in range(rows):
-            # Columns from the safe end on.
-            values = losses.values[losses.counted[:, row], row]
-            values = values if self.risk.keeps else values.flip(1)
-            if delta is None:
-                passed = self._in_expectation(values, alpha, monotonize=monotonize)
-                share, starts = 0.0, [0]
-            else:
-                share = delta / (rows if simultaneous else 1)
-                starts = self._starts(row, grid) if len(values) else [0]
-                passed = fixed_sequence(bound(values, alpha, share / len(starts)), share, starts)
-            if bool(passed.any()):
-                last = int(passed.nonzero().max())
-                thresholds[row] = grid[last if self.risk.keeps else steps - 1 - last]
-            elif rows == 1 or len(values) or self._wanted(row):
-                begun = values[:, starts]
-                test = share / len(starts)
-                notes.append((row, _how_many(begun, alpha, bound, None if delta is None else test)))
+        thresholds = torch.tensor([safe if f.threshold is None else f.threshold for f in found])
         if not self.risk.keeps and self.risk.monotone:
             # Another path to a score may lie this far off; for a monotone risk more is safer.
             slack = self.score.tolerance(self.num_classes or 1)
             thresholds = upward(thresholds.double() + slack)
-        told = self._told(notes, each=delta is not None and not simultaneous)
-        ordered = delta is not None and bound not in _ANY_ORDER
-        return self._frozen(thresholds, losses, alpha, delta, told, by_lot=ordered)
+        return self._frozen(thresholds, losses, asked, self._told(found, asked))
 
-    def _losses(self, table: Tensor, alpha: float) -> Losses:
+    def _losses(self, alpha: float) -> Losses:
+        """In the order in which tests see the units."""
+        table = self.table()
         if self.grid is None or not len(table):
             rows = self.num_classes or 1 if self.risk.axes else 1
             return Losses(
@@ -477,49 +449,7 @@ class RiskCalibrator:
                 torch.zeros((0, rows), dtype=torch.bool),
                 torch.zeros((0, rows), dtype=torch.int64),
             )
-        losses = self.risk.losses(table, alpha)
-        outside = int((~((losses.values >= 0) & (losses.values <= 1))).sum())
-        if outside:
-            raise InputError(f"risk must lie in [0, 1]; got {outside} losses that do not")
-        if self.risk.monotone:
-            steps = losses.values.diff(dim=2)
-            falls = steps < 0 if self.risk.keeps else steps > 0
-            wrong = int((falls.any(2) & losses.counted).any(1).sum())
-            if wrong:
-                raise InputError(
-                    f"risk must be monotone, as it is declared; got {wrong} units with a loss that "
-                    "is larger at a safer threshold. Declare monotone=False"
-                )
-        return losses
-
-    def _in_expectation(self, values: Tensor, alpha: float, *, monotonize: bool) -> Tensor:
-        """Which thresholds, from the safe end on, pass conformal risk control. Bool ``(K,)``."""
-        if not self.risk.monotone:
-            if isinstance(self.risk, KeptError):
-                raise InputError(
-                    "delta must be given for KeptError: a ratio of expectations is controlled by "
-                    "tests only. FalseShare has an expectation"
-                )
-            if not monotonize:
-                raise InputError(
-                    "risk must be monotone to be controlled in expectation; got one that is not. "
-                    "Give delta, or monotonize=True"
-                )
-            values = values.cummax(1).values if values.numel() else values
-        mass = (values * UNIT_MASS).ceil().long().sum(0)
-        return (mass <= budget(alpha, len(values), UNIT_MASS)).cumprod(0).bool()
-
-    def _starts(self, row: int, grid: Tensor) -> list[int]:
-        """Positions of the starts, counted from the safe end."""
-        steps = len(grid)
-        if self.start is not None:
-            position = int((grid <= self.start.thresholds[row]).sum()) - 1
-            position = max(position, 0)
-            return [position if self.risk.keeps else steps - 1 - position]
-        if self.risk.starts == 1:
-            return [0]
-        parts = self.risk.starts + 1
-        return sorted({steps * part // parts for part in range(1, parts)})
+        return checked_losses(self.risk, table[self._order(len(table))], alpha)
 
     def _check_fitted(self) -> None:
         if getattr(self.score, "fitted_on", None) == self.fingerprint:
@@ -541,31 +471,24 @@ class RiskCalibrator:
                 "start must be fitted on a split of its own; got one fitted on this very data"
             )
 
-    def _wanted(self, row: int) -> bool:
-        classes = cast("tuple[int, ...] | None", getattr(self.risk, "classes", None))
-        return classes is None or row in classes
-
     def _frozen(
         self,
         thresholds: Tensor,
         losses: Losses,
-        alpha: float,
-        delta: float | None,
+        asked: Asked,
         told: tuple[str, ...],
-        *,
-        by_lot: bool,
     ) -> Calibration:
         rule = self.risk.rule
         named = None if rule is None else rule_name(rule, self.num_classes or 1)
         drawn = (
             "calibration and new images exchangeable"
-            if delta is None
+            if asked.delta is None
             else "calibration and new images independent draws from one distribution"
         )
         return Calibration(
             thresholds=thresholds,
             axes=self.risk.axes,
-            alpha=alpha,
+            alpha=asked.alpha,
             score=self.score,
             unit="image",
             num_classes=self.num_classes,
@@ -579,14 +502,14 @@ class RiskCalibrator:
             control=Control(
                 risk=describe_risk(self.risk)["name"],
                 rule=named,
-                delta=delta,
-                event=self.risk.event(alpha),
+                delta=asked.delta,
+                event=self.risk.event(asked.alpha),
                 assumptions=(
                     f"{drawn} (an image stands for what unit_ids named)",
                     "alpha, delta, score, grid, seed, start chosen without the calibration labels",
                     "logits of the new image computed as those of the calibration images",
-                    *((_BY_LOT,) if by_lot else ()),
-                    *self._at_the_safe_end(delta),
+                    *((_BY_LOT,) if asked.by_lot else ()),
+                    *self._at_the_safe_end(asked.delta),
                 ),
                 notes=told,
             ),
@@ -601,12 +524,13 @@ class RiskCalibrator:
             return (f"no loss above alpha, or above that at any threshold, where {where}",)
         return (f"the risk at most alpha where {where}",)
 
-    def _told(self, notes: list[tuple[int, str]], *, each: bool) -> tuple[str, ...]:
+    def _told(self, found: list[Found], asked: Asked) -> tuple[str, ...]:
         """What the guarantee adds: where nothing could be certified, and how classes share delta."""
         nothing = "no label is kept" if self.risk.keeps else "every set holds every such class"
         by_note: dict[str, list[str]] = {}
-        for row, note in notes:
-            by_note.setdefault(note, []).append(str(row))
+        for row, each in enumerate(found):
+            if each.note is not None:
+                by_note.setdefault(each.note, []).append(str(row))
         told = [
             f"{'Class ' + ', '.join(where) if self.risk.axes else 'Everywhere'}: {nothing}, as "
             f"no threshold could be certified. {note}"
@@ -615,38 +539,10 @@ class RiskCalibrator:
         if self.risk.axes:
             told.append(
                 "Each class by itself: of many, some can exceed it."
-                if each
+                if asked.delta is not None and not asked.simultaneous
                 else "All classes at once."
             )
         return tuple(told)
-
-
-def _how_many(begun: Tensor, alpha: float, bound: PValue, test: float | None) -> str:
-    """How many units would do, in a sentence or two, by their losses where tests begin."""
-    least = ceil(1 / level(alpha)) - 1 if test is None else least_units(alpha, test)
-    seen = f"{len(begun)} images were seen; fewer than {least} can never do."
-    if not len(begun):
-        return seen
-    gain = alpha - float(begun.mean(0).min()) if test is None else _gain(begun, alpha, bound)
-    if gain < 1e-12:  # where nothing is kept, losses are alpha but for a rounding
-        return f"{seen} At the errors seen here no number of images would."
-    if test is None:
-        return f"{seen} At the errors seen here about {ceil((1 - alpha) / gain)} would."
-    # A fifth more than it takes on average to gain a factor of 1 / test.
-    would = max(ceil(1.2 * log(1 / test) / gain), least, len(begun) + 1)
-    return f"{seen} At the errors seen here about {would} would."
-
-
-def _gain(begun: Tensor, alpha: float, bound: PValue) -> float:
-    """How fast evidence grows: the mean of its logarithm per image, where it is largest."""
-    mean = begun.mean(0).clamp(max=alpha)
-    if bound is hoeffding:
-        return float(2 * (alpha - mean).square().max())
-    if bound in _ANY_ORDER:  # relative entropy
-        entropy = torch.xlogy(mean, mean / alpha) + torch.xlogy(1 - mean, (1 - mean) / (1 - alpha))
-        return float(entropy.max())
-    bets = [step / 40 / (1 - alpha) for step in range(1, 40)]
-    return max(float((1 + bet * (alpha - begun)).log().mean(0).max()) for bet in bets)
 
 
 def _stack(rows: list[Tensor]) -> Tensor:
