@@ -11,6 +11,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = {
+    "another_domain": ["--steps", "30"],
     "calibrate_and_filter": ["--images", "30"],
     "certified_labels": ["--images", "60"],
     "many_classes": [],
@@ -42,6 +43,9 @@ def test_an_example_draws_its_picture(
     draw(name, picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
     told = capsys.readouterr().out
+    if name == "another_domain":
+        before, after = (float(share) for share in re.findall(r"([\d.]+)% of", told)[-2:])
+        assert after > before
     if name == "ship_onnx":
         assert "bytes; 0 labels differ" in told
     if name == "many_classes":
