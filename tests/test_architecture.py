@@ -93,6 +93,7 @@ UNLISTED = {
     },
     "cpseg.sets": {"pack"},
     "cpseg.training.objective": {"check_external"},
+    "cpseg.training.refining": {"check_example"},
     "cpseg.training.targets": {"check_classes"},
 }
 

@@ -127,7 +127,7 @@ def test_both_ways_takes_the_least_level_that_its_halves_can_promise(
     for count, alpha in ((12, Fraction(2, 7)), (13, Fraction(2, 7)), (40, Fraction(1, 10))):
         labeled = students.shapes(count, 2, "train0")
         both = external_labels.cross_fitted(labeled)
-        assert [side.calibration.alpha for side in both.sides] == [float(alpha / 2)] * 2
+        assert [calibration.alpha for calibration in both.calibrations] == [float(alpha / 2)] * 2
         shares = external_labels.refined_both_ways(labeled, unlabeled)
         kept = (shares > 0).any(1)
         assert kept.float().mean() > 0.9

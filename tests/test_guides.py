@@ -343,7 +343,7 @@ def test_training(
     told = found["unlabeled"][0][1]
     torch.testing.assert_close(told.sum(0), torch.ones(40, 36))
     assert not torch.equal(told, logits["2"].softmax(0))
-    assert [len(side.calibration.thresholds) for side in found["both"].sides] == [21, 21]
+    assert [len(each.thresholds) for each in found["both"].calibrations] == [21, 21]
     assert found["trainer"].config.class_weights == found["config"].class_weights
     assert found["trainer"].batches.color == found["mild"]
     found["trainer"].fit()

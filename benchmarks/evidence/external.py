@@ -35,14 +35,13 @@ def named(labeled: Frames, unlabeled: Frames) -> Iterator[tuple[str, Tensor, set
     yield "as they are", unlabeled.logits.softmax(1), set()
     yield "recalibrated", recalibrated_alone(labeled, unlabeled), set()
     both = cross_fitted(labeled)
-    logits = [told(side.annotator, unlabeled) for side in both.sides]
+    logits = [told(corrected, unlabeled) for corrected in both.corrections]
     one, other = (each.softmax(1) for each in logits)
     yield "refined on one half", one, set()
     yield "refined on the other", other, set()
     yield "both, pooled", pool_probabilities(one.log(), other), set()
     names = ("one, in its set", "the other, in its set")
-    for name, side, said in zip(names, both.sides, logits, strict=True):
-        calibration = side.calibration
+    for name, calibration, said in zip(names, both.calibrations, logits, strict=True):
         kept = torch.cat([SoftLabels(calibration)(each[None]) for each in said])
         yield name, kept, _marked(calibration.fallback_groups)
     yield "both, in both sets, pooled", told(both, unlabeled), _marked(both.unpromised)

@@ -16,7 +16,7 @@ from cpseg.filters import SoftLabels
 from cpseg.fitted import Recalibrated, recalibrate
 from cpseg.quantile import level
 from cpseg.training import (
-    Corrected,
+    Correction,
     CrossFitted,
     Example,
     class_weights_from,
@@ -104,7 +104,7 @@ def recalibrated_labels(labeled: Frames, unlabeled: Frames) -> Tensor:
 REFINING_STEPS = 600
 
 
-def taught(examples: Sequence[Example]) -> Corrected:
+def taught(examples: Sequence[Example]) -> Correction:
     """The annotator, refined by what it gets wrong on these."""
     classes = len(examples[0][1])
     with torch.random.fork_rng():
@@ -128,10 +128,10 @@ def examples_of(labeled: Frames) -> list[Example]:
 
 
 @torch.no_grad()
-def told(annotator: Corrected, frames: Frames) -> Tensor:
-    """What it says of each frame."""
+def told(corrected: Correction, frames: Frames) -> Tensor:
+    """What is said of each frame."""
     each = zip(frames.images, frames.logits, strict=True)
-    return torch.cat([annotator(image[None], logits[None]) for image, logits in each])
+    return torch.cat([corrected(image[None], logits[None]) for image, logits in each])
 
 
 def refined(labeled: Frames, unlabeled: Frames) -> Tensor:
@@ -141,8 +141,8 @@ def refined(labeled: Frames, unlabeled: Frames) -> Tensor:
 
 def cross_fitted(labeled: Frames) -> CrossFitted:
     """Two, each refined on what calibrates the other, at the least level where ``ALPHA`` is less."""
-    alpha = max(level(ALPHA), Fraction(2, len(labeled) // 2 + 1))
-    return cross_fit(taught, examples_of(labeled), len(labeled.classes), alpha)
+    one, other = (examples_of(half) for half in halves(labeled))
+    return cross_fit(taught, one, other, max(level(ALPHA), Fraction(2, len(other) + 1)))
 
 
 def refined_both_ways(labeled: Frames, unlabeled: Frames) -> Tensor:

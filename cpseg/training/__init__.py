@@ -18,7 +18,7 @@ from cpseg.training.comparison import (
     compare_on_shapes,
 )
 from cpseg.training.config import train_from_file, trainer_from_file
-from cpseg.training.cross_fitting import Corrected, CrossFitted, Example, Side, cross_fit
+from cpseg.training.cross_fitting import Correction, CrossFitted, cross_fit
 from cpseg.training.distributed import Processes, processes
 from cpseg.training.evaluation import Evaluation, evaluate
 from cpseg.training.journal import Journal
@@ -41,7 +41,7 @@ from cpseg.training.recipes import (
     supervised,
     unimatch_like,
 )
-from cpseg.training.refining import Refined, refine
+from cpseg.training.refining import Example, Refined, refine
 from cpseg.training.schedules import Complement, Constant, Exponential, Linear, Poly, Schedule
 from cpseg.training.students import UNet, logits_of
 from cpseg.training.targets import (
@@ -64,7 +64,7 @@ __all__ = [
     "Comparison",
     "Complement",
     "Constant",
-    "Corrected",
+    "Correction",
     "CrossFitted",
     "Denominator",
     "Evaluation",
@@ -89,7 +89,6 @@ __all__ = [
     "Refined",
     "Relabeled",
     "Schedule",
-    "Side",
     "Stage",
     "Step",
     "StepOutput",

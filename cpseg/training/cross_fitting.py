@@ -1,69 +1,92 @@
-"""All labeled images teach and all calibrate: two annotators, each taught by half of them.
+"""All labeled images teach and all calibrate: two corrections of an annotator.
 
-What an annotator has learned from an image says nothing of how it does on others, so for one
-annotator no image can do both. For two it can: each is calibrated on what taught the other.
+What a correction learned from an image says nothing of how it does on others, so for one of them
+no image can do both. For two it can: each is calibrated on what taught the other.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
 from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cpseg import _checks
-from cpseg.calibration import Calibration
+from cpseg.calibration import Calibration, Guarantee
 from cpseg.calibrators import ClassConditionalCalibrator
 from cpseg.errors import InputError
 from cpseg.filters import SoftLabels
 from cpseg.quantile import Level, level
+from cpseg.training.refining import Example, check_example
 from cpseg.training.targets import pool_probabilities
 
-__all__ = ["Corrected", "CrossFitted", "Example", "Side", "cross_fit"]
+__all__ = ["Correction", "CrossFitted", "cross_fit"]
 
-Example = tuple[Tensor, Tensor, Tensor]
-"""Image ``(3, H, W)``, the annotator's logits ``(C, H, W)`` and labels ``(H, W)``."""
+Correction = Callable[[Tensor, Tensor], Tensor]
+"""Images ``(B, 3, H, W)`` and an annotator's logits ``(B, C, H, W)`` to better logits.
 
-Corrected = Callable[[Tensor, Tensor], Tensor]
-"""Images and the annotator's logits to better logits: :class:`~cpseg.training.Refined` is one."""
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One of two annotators.
-
-    Attributes:
-        annotator: Taught by one half of the labeled images.
-        calibration: Of what it says, on the other half.
-    """
-
-    annotator: Corrected
-    calibration: Calibration
+A :class:`~cpseg.training.Refined` is one.
+"""
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class CrossFitted:
-    """What two annotators say together, each within its sets. Made by :func:`cross_fit`.
+    """What two corrections of an annotator say together, each within its sets.
+
+    Made by :func:`cross_fit`.
 
     Guarantee:
         For each class but those that are :attr:`unpromised`: in a new image that contains it, the
-        share of its labeled pixels whose probability is 0 is at most ``alpha`` in expectation over
-        the labeled images and the new one, if images are exchangeable and each annotator learned
-        from nothing but its half. It does not imply the same for an image as a whole.
+        share of its labeled pixels whose probability is 0 is at most :attr:`alpha` in expectation
+        over the labeled images and the new one, if images are exchangeable. The annotator's
+        logits, and all that a correction rests on, must have been chosen without the labels of
+        the half that calibrates it. It does not imply the same for an image as a whole.
+        :attr:`guarantee` says it with numbers.
 
     Attributes:
-        sides: Both annotators and their calibrations.
+        corrections: The one taught by the first half, and the one taught by the second.
+        calibrations: Of the first on the second half, and of the second on the first.
+        alpha: What both together may miss of a class.
     """
 
-    sides: tuple[Side, Side]
+    corrections: tuple[Correction, Correction]
+    calibrations: tuple[Calibration, Calibration]
+    alpha: float
 
     @property
     def unpromised(self) -> Tensor:
         """Classes that too few images of a half show for a promise. Bool ``(C,)``."""
-        one, other = self.sides
-        return one.calibration.fallback_groups | other.calibration.fallback_groups
+        one, other = self.calibrations
+        return one.fallback_groups | other.fallback_groups
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """What is promised, on how many images of a half it rests, and what is not."""
+        none = self.unpromised
+        counts = torch.stack([calibration.num_units for calibration in self.calibrations])
+        counts = counts if bool(none.all()) else counts[:, ~none]
+        classes = ", ".join(str(c) for c in none.nonzero().flatten().tolist())
+        left = (f"Nothing is promised for: {classes}; too few images of a half show them.",)
+        return Guarantee(
+            event=f"For each class, in a new image that contains it, the share of its labeled "
+            f"pixels whose probability is 0 is at most {self.alpha}",
+            level=float(1 - level(self.alpha)),
+            unit="image",
+            n=(int(counts.min()), int(counts.max())),
+            probability="in expectation over the labeled images and the new one",
+            assumptions=(
+                "the labeled images and the new one are exchangeable",
+                "alpha and all of a correction were chosen without the labels that calibrate it",
+                "the new logits are computed as those of the labeled images were",
+            ),
+            exceptions=(
+                *(left if classes else ()),
+                "It does not imply the same for an image as a whole.",
+            ),
+        )
 
     @torch.no_grad()
     def __call__(self, images: Tensor, logits: Tensor) -> Tensor:
@@ -78,64 +101,95 @@ class CrossFitted:
             and in all classes where that leaves none. float32 at least, ``(B, C, H, W)``.
         """
         one, other = (
-            SoftLabels(side.calibration)(side.annotator(images, logits)) for side in self.sides
+            SoftLabels(calibration)(corrected(images, logits))
+            for corrected, calibration in zip(self.corrections, self.calibrations, strict=True)
         )
         return pool_probabilities(one.log(), other)
 
 
 def cross_fit(
-    teach: Callable[[Sequence[Example]], Corrected],
-    examples: Sequence[Example],
-    num_classes: int,
+    teach: Callable[[Sequence[Example]], Correction],
+    first: Sequence[Example],
+    second: Sequence[Example],
     alpha: Level = 0.1,
     *,
     ignore_index: int = 255,
 ) -> CrossFitted:
-    """Teach an annotator on each half of the labeled images, and calibrate it on the other.
+    """Teach a correction of an annotator on each half of the labeled images, calibrate on the other.
 
-    Every second image is one half. Each annotator has a threshold per class at half of ``alpha``,
-    so that both together miss no more than ``alpha``; a class that too few images show has the
-    threshold of all. Ours.
+    Each has a threshold per class at half of ``alpha``, so that both together miss no more than
+    ``alpha`` in expectation; a class that too few images show has the threshold of all, and is
+    promised nothing. That is the price: a class must be in ``2 / alpha - 1`` images of each half,
+    where one correction alone would be calibrated on ``1 / alpha - 1``. Ours.
 
     Args:
-        teach: From half of the examples to an annotator. All that it fits, class weights too, is
-            to come from what it is given. See :func:`~cpseg.training.refine`.
-        examples: Of the labeled images; slices of it are the halves.
-        num_classes: Number of classes, C.
+        teach: From one half to a correction, in evaluation mode if it is a module. Called twice,
+            and to begin anew each time: a network, its class weights and whatever else is fitted
+            may come from this half alone. See :func:`~cpseg.training.refine`.
+        first: Image, the annotator's logits, and labels of one half of the labeled images; whole
+            images, of any sizes, each a unit. Where new images come from scenes or patients of
+            their own, no half may hold images of the other's.
+        second: Of the other half.
         alpha: What both together may miss of a class.
         ignore_index: Label of pixels that do not count.
 
     Returns:
-        Both annotators, calibrated.
+        Both corrections, calibrated.
 
     Raises:
-        InputError: If the smaller half has fewer than ``2 / alpha - 1`` images, of which nothing
-            follows at this level.
+        InputError: If examples do not fit, a half has fewer than ``2 / alpha - 1`` labeled images,
+            a correction is in training mode, or both share parameters.
 
     Examples:
         >>> image, logits = torch.zeros(3, 1, 2, dtype=torch.uint8), torch.zeros(2, 1, 2)
-        >>> examples = [(image, logits, torch.tensor([[0, 1]]))] * 18
-        >>> both = cross_fit(lambda half: lambda images, logits: logits, examples, 2, alpha=0.2)
+        >>> half = [(image, logits, torch.tensor([[0, 1]]))] * 9
+        >>> both = cross_fit(lambda known: lambda images, logits: logits, half, half, alpha=0.2)
         >>> both(image[None], logits[None])[0, :, 0, 0]
         tensor([0.5000, 0.5000])
     """
     share = level(alpha) / 2
-    few = len(examples) // 2
-    if share * (few + 1) < 1:
-        raise InputError(
-            f"alpha must be at least 2 / {few + 1} for {len(examples)} labeled images, of which "
-            f"halves calibrate; got {alpha}"
-        )
-    _checks.check_integer("num_classes", num_classes, 1)
+    classes = len(first[0][1]) if len(first) else 0
+    _checks.check_ignore_index(ignore_index, classes)
+    for name, half in (("first", first), ("second", second)):
+        _check_half(name, half, classes, share, ignore_index)
+    one, other = teach(first), teach(second)
+    _check_apart(one, other)
 
-    def side(known: Sequence[Example], kept: Sequence[Example]) -> Side:
-        annotator = teach(known)
-        calibrator = ClassConditionalCalibrator(num_classes, ignore_index=ignore_index)
-        for image, logits, labels in kept:
+    def calibrated(corrected: Correction, kept: Sequence[Example]) -> Calibration:
+        calibrator = ClassConditionalCalibrator(classes, ignore_index=ignore_index)
+        for index in range(len(kept)):
+            image, logits, labels = kept[index]
             with torch.no_grad():
-                said = annotator(image[None], logits[None])
+                said = corrected(image[None], logits[None])
             calibrator.update(said, labels[None].to(said.device))
-        return Side(annotator, calibrator.compute(share, fallback="pooled"))
+        return calibrator.compute(share, fallback="pooled")
 
-    first, second = examples[::2], examples[1::2]
-    return CrossFitted((side(first, second), side(second, first)))
+    calibrations = calibrated(one, second), calibrated(other, first)
+    return CrossFitted((one, other), calibrations, float(2 * share))
+
+
+def _check_half(
+    name: str, half: Sequence[Example], classes: int, share: Fraction, ignore_index: int
+) -> None:
+    """Refuse before anything is taught, which takes minutes."""
+    labeled = 0
+    for index in range(len(half)):
+        _, logits, labels = half[index]
+        check_example(half[index], ignore_index)
+        if len(logits) != classes:
+            raise InputError(f"{name} must have logits of {classes} classes; got {len(logits)}")
+        labeled += bool((labels != ignore_index).any())
+    least = ceil(1 / share) - 1
+    if labeled < least:
+        raise InputError(
+            f"{name} must hold at least 2 / alpha - 1 = {least} labeled images; got {labeled}"
+        )
+
+
+def _check_apart(one: Correction, other: Correction) -> None:
+    modules = [each for each in (one, other) if isinstance(each, nn.Module)]
+    if any(module.training for module in modules):
+        raise InputError("teach must give corrections in evaluation mode; got one in training mode")
+    held = [{id(part) for part in module.parameters()} for module in modules]
+    if len(held) == 2 and held[0] & held[1]:
+        raise InputError("teach must begin anew each time; got corrections that share parameters")

@@ -18,7 +18,10 @@ from cpseg.training.averaging import MovingAverage
 from cpseg.training.batches import Normalize
 from cpseg.training.targets import check_classes, masked_cross_entropy
 
-__all__ = ["Refined", "refine"]
+__all__ = ["Example", "Refined", "refine"]
+
+Example = tuple[Tensor, Tensor, Tensor]
+"""A labeled image, bytes ``(3, H, W)``, an annotator's logits ``(C, H, W)`` and labels ``(H, W)``."""
 
 _DEEP = 12.0  # a class this far below the others is not told apart from one farther still
 
@@ -69,6 +72,12 @@ class Refined(nn.Module):
         Returns:
             Logits, at least float32, where the network is. Shape ``(B, C, H, W)``.
         """
+        size = (len(logits), 3, *logits.shape[2:])
+        if images.dtype != torch.uint8 or images.shape != size:
+            raise InputError(
+                f"images must be bytes {size} beside logits {tuple(logits.shape)}; "
+                f"got {images.dtype} {tuple(images.shape)}"
+            )
         device = self.log_weights.device
         seen = images.to(device).float() / 255
         return self.weighted(seen, logits.to(device)) - self.log_weights.view(-1, 1, 1)
@@ -83,7 +92,7 @@ class Refined(nn.Module):
 
 def refine(
     network: nn.Module,
-    examples: Sequence[tuple[Tensor, Tensor, Tensor]],
+    examples: Sequence[Example],
     *,
     class_weights: tuple[float, ...],
     steps: int = 600,
@@ -164,18 +173,11 @@ def refine(
 
 
 def _stacked(
-    examples: list[tuple[Tensor, Tensor, Tensor]], ignore_index: int, device: torch.device
+    examples: list[Example], ignore_index: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Examples as a batch, checked."""
-    for image, logits, label in examples:
-        size = tuple(logits.shape[1:])
-        shapes = tuple(image.shape), tuple(label.shape)
-        if image.dtype != torch.uint8 or shapes != ((3, *size), size):
-            raise InputError(
-                "examples must be bytes (3, H, W), logits (C, H, W) and labels (H, W); got "
-                f"{image.dtype} {shapes[0]}, {tuple(logits.shape)} and {shapes[1]}"
-            )
-        check_classes(label, len(logits), ignore_index)
+    for example in examples:
+        check_example(example, ignore_index)
     sizes = {tuple(logits.shape) for _, logits, _ in examples}
     if len(sizes) > 1:
         raise InputError(f"examples of one step must be of one size; got {sorted(sizes)}")
@@ -183,3 +185,16 @@ def _stacked(
         torch.stack(parts).to(device) for parts in zip(*examples, strict=True)
     )
     return images, logits, labels
+
+
+def check_example(example: Example, ignore_index: int) -> None:
+    """Refuse what is no image with logits and labels of its size."""
+    image, logits, label = example
+    size = tuple(logits.shape[1:])
+    shapes = tuple(image.shape), tuple(label.shape)
+    if image.dtype != torch.uint8 or shapes != ((3, *size), size):
+        raise InputError(
+            "examples must be bytes (3, H, W), logits (C, H, W) and labels (H, W); got "
+            f"{image.dtype} {shapes[0]}, {tuple(logits.shape)} and {shapes[1]}"
+        )
+    check_classes(label, len(logits), ignore_index)
