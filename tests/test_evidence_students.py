@@ -1,6 +1,7 @@
 """The students' benchmark on shapes: rows, resuming, splits and intervals, by hand."""
 
 import csv
+import hashlib
 import json
 import math
 from dataclasses import replace
@@ -77,6 +78,35 @@ def test_a_row_is_never_run_again(students: Any, tmp_path: Path) -> None:
     assert [(row["seed"], row["steps"]) for row in after] == [("0", "3"), ("1", "3"), ("0", "4")]
 
 
+def test_every_arm_learns_for_a_few_steps(
+    students: Any, external_labels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(external_labels, "REFINING_STEPS", 2)
+    students.quick(students.ARMS, 4, (0,), tmp_path)
+    rows = rows_of(tmp_path / "students.csv")
+    assert [row["arm"] for row in rows] == list(students.ARMS)
+    assert all(0 <= float(row["miou"]) < 1 for row in rows)
+
+
+def test_rows_of_other_frames_take_a_file_of_their_own(
+    students: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name, said in (("train", b"some"), ("val", b"more")):
+        (tmp_path / f"nll_{name}.npz").write_bytes(said)
+    data = students.frames.fingerprint(tmp_path)
+    assert data == hashlib.sha256(b"somemore").hexdigest()[:12]
+    students.quick(ARMS[:1], 3, (0,), tmp_path)
+    loaded: list[str] = []
+    monkeypatch.setattr(students.frames, "load", lambda *_, **__: loaded.append("frames"))
+    words = ["--data", str(tmp_path), "--arms", "raw", "--results", str(tmp_path / "students.csv")]
+    with pytest.raises(SystemExit):
+        students.main(words)
+    assert "has rows of other frames; name another with --results" in capsys.readouterr().err
+    assert not loaded
+    assert not students.other_data(tmp_path / "students.csv", "shapes")
+    assert not students.other_data(tmp_path / "none.csv", "shapes")
+
+
 def test_a_run_that_was_cut_ends_as_one_that_was_not(students: Any, tmp_path: Path) -> None:
     frames, val = students.shapes(20, 2, "train0"), students.shapes(4, 3, "valid0")
     split = students.split_of(frames, val, list(range(12)), "")
@@ -114,6 +144,7 @@ def test_seeds_and_arms_share_external_labels(
         results,
         work=tmp_path / "work",
         minutes=60,
+        data="shapes",
     )
     assert made == [8, 12]
     assert len(students.rows_of(results)) == len(tasks)
@@ -287,7 +318,8 @@ def test_the_page_shows_the_rows_that_are_there(standings: Any) -> None:
 def run_of(students: Any, arm: str, seed: int, steps: int, miou: dict[str, float]) -> Any:
     """A row of results."""
     held_out = next(reversed(miou)) if len(miou) > 1 else ""
-    values = (arm, 46, seed, "90x120", held_out, steps, "", 0.0, 1.0, 0.9, json.dumps(miou), "", "")
+    said = json.dumps(miou), "", "", ""
+    values = (arm, 46, seed, "90x120", held_out, steps, "", 0.25, 1.0, 0.9, *said)
     return dict(zip(students.COLUMNS, map(str, values), strict=True))
 
 
@@ -321,6 +353,14 @@ def test_the_figure_shows_what_arms_gain_on_raw_labels(
     assert "tested on held, of which no frame trains" in text
     assert text.count("of which no frame trains") == 1
     assert "| 2 | 55.0 | 7.1 | +15.0 [-48.5, +78.5] |" in text  # raw over labels only
+    students.append(
+        results, run_of(students, "raw", 7, 40, {"a": 0.5, "b": 0.7}) | {"held_out": ""}
+    )
+    assert [match.video for match in standings.matches(results) if match.steps == 40] == [
+        *("a", standings.ALL, "b")
+    ]
+    assert "40 steps, tested on all of val" in standings.table(results)
+    assert "| raw | 1.0000 | 0.9000 | 1 | 25.0 |" in standings.table(results)
     pytest.importorskip("matplotlib")
     standings.figure(results, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

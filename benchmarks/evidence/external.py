@@ -9,7 +9,7 @@ the frames that show it, and of each video. ``results/external.csv`` has all of 
 With ``--test`` it is val's frames, and each video's when no frame of it taught or calibrated, that
 are judged, as students are: ``results/external_test.csv``.
 
-    python benchmarks/evidence/external.py --data PATH [--count 46] [--test]
+    python benchmarks/evidence/external.py --data PATH [--count 46] [--test] [--output FOLDER]
 """
 
 import argparse
@@ -122,6 +122,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--count", type=int, default=46)
     parser.add_argument("--test", action="store_true")
+    parser.add_argument("--output", type=Path, help="a folder")
     given = parser.parse_args(words)
     train, val = (frames.load(given.data, part) for part in ("train", "val"))
     labeled = frames.labeled(given.data, given.count, train)
@@ -133,7 +134,7 @@ def main(words: list[str]) -> None:
         name = "external.csv"
         split = split_of(train, val, labeled, "")
         rows = measure(split.labeled, split.unlabeled)
-    tables.write(tables.RESULTS / name, rows)
+    tables.write((given.output or tables.RESULTS) / name, rows)
     print(tables.markdown(rows, columns))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results" / "students.csv"
 COLUMNS = (
     *("arm", "count", "seed", "size", "held_out", "steps", "commit", "miou"),
-    *("kept", "right", "miou_by_video", "iou_by_class", "precision"),
+    *("kept", "right", "miou_by_video", "iou_by_class", "precision", "data"),
 )
 KEYS = COLUMNS.index("commit")  # what comes before tells runs apart
 Key = tuple[str, ...]
@@ -19,6 +19,11 @@ def rows_of(results: Path) -> dict[Key, dict[str, str]]:
         return {}
     with results.open(newline="", encoding="utf-8") as file:
         return {tuple(row[c] for c in COLUMNS[:KEYS]): row for row in csv.DictReader(file)}
+
+
+def other_data(results: Path, data: str) -> bool:
+    """Whether there are rows of other frames than these."""
+    return any(row["data"] != data for row in rows_of(results).values())
 
 
 def append(results: Path, row: dict[str, str]) -> None:

@@ -20,6 +20,7 @@ from scipy.stats import t as student_t
 
 SHOWN = 46  # labeled frames, in the figure
 SPREAD = 3  # seeds that an interval of the figure is drawn from; of two it would span the page
+ALL = "all of val"
 
 
 class Match(NamedTuple):
@@ -47,7 +48,9 @@ def matches(results: Path) -> dict[Match, Arms]:
     """The runs of a results file; where a video was held out, tested on that."""
     found: dict[Match, Arms] = {}
     for (arm, count, seed, size, held_out, steps), row in rows_of(results).items():
-        for video, miou in json.loads(row["miou_by_video"]).items():
+        by_video: dict[str, float] = json.loads(row["miou_by_video"])
+        tested = by_video if len(by_video) == 1 or held_out else {**by_video, ALL: row["miou"]}
+        for video, miou in tested.items():
             if held_out in ("", video):
                 match = Match(int(count), size, held_out, int(steps), video)
                 of_arm = found.setdefault(match, {}).setdefault(arm, {})

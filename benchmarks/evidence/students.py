@@ -4,14 +4,18 @@ The same small U-Net is trained on the labeled frames of a split and, in all arm
 on external labels of the other frames; ``arms.py`` says what an arm is, ``student.py`` and the
 constants here what is the same for all. They were settled on seed 100 and on val; seeds 0 to 4
 count.
-Every run is one row of a results file. A row that is there is never run again, a run that was cut
+Every run is one row of a results file. A row that is there is not run again, a run that was cut
 goes on where it stopped, and several processes may work on one file; ``standings.py`` says how the
 arms stand.
 
     python benchmarks/evidence/students.py --data PATH [--arms NAME ...] [--counts 46 ...]
         [--seeds 0 1 2 3 4] [--steps 1500] [--hold-out VIDEO] [--whole] [--minutes 50]
-        [--precision fp32] [--jobs 2]
-    python benchmarks/evidence/students.py --quick
+        [--precision fp32] [--jobs 2] [--results FILE] [--work FOLDER]
+    python benchmarks/evidence/students.py --quick [--arms NAME ...] [--seeds 0 1] [--steps 30]
+
+Rows of other frames than those of the file need a file of their own, ``--results``, and runs that
+are not done a folder, ``--work``. Where the processor has no bfloat16, ``--precision fp32`` is many
+times as fast.
 
 With ``--hold-out`` no frame of that video trains or calibrates, labeled or not, and its frames
 are tested beside val's. ``--quick`` is the whole way on synthetic shapes in little time, and its
@@ -39,7 +43,7 @@ import frames
 import torch
 from arms import ARMS, Arm
 from frames import Frames, Split, split_of
-from rows import COLUMNS, RESULTS, Key, append, rows_of
+from rows import COLUMNS, RESULTS, Key, append, other_data, rows_of
 from standings import table
 from student import DECAY, LABELED, LR, NORMALIZE, UNLABELED, Student
 from tables import COMMIT
@@ -188,6 +192,7 @@ def run(
     *,
     work: Path,
     minutes: float,
+    data: str,
 ) -> None:
     """Train what is not in the results yet, in order, until the time is up."""
     until = time.monotonic() + 60 * minutes
@@ -197,23 +202,26 @@ def run(
         split = splits(count, held_out)
         return arm.labels(split.labeled, arm.taught(split))
 
+    there = 0
     for task in tasks:
         split = splits(task.count, task.held_out)
         key = task.key(split.size)
         place = work / "-".join(key).replace(" ", "_")
         with alone(work / f"{place.name}.lock") as ours:
             if not ours or key in rows_of(results):
+                there += 1
                 continue
             labels = external(ARMS[task.arm], task.count, task.held_out)
             student = train(task, split, labels, place, until)
             if student is None:
-                return
+                break
             row = row_of(task, split, student, labels)
-            append(results, row)
+            append(results, row | {"data": data})
             rmtree(place)
             print(row["miou"], *key, flush=True)
         if time.monotonic() > until:
-            return
+            break
+    print(f"{there} of {len(tasks)} runs were there or are another process's")
 
 
 # --- the synthetic run ----------------------------------------------------------------------------
@@ -245,8 +253,8 @@ def quick(arms: Iterable[str], steps: int, seeds: Iterable[int], folder: Path) -
         return split_of(train_frames, val, list(range(count)), held_out)
 
     results = folder / "students.csv"
-    run(tasks, splits, results, work=folder / "work", minutes=0)
-    run(tasks, splits, results, work=folder / "work", minutes=60)
+    for minutes in (0, 60):
+        run(tasks, splits, results, work=folder / "work", minutes=minutes, data="shapes")
     return table(results)
 
 
@@ -257,8 +265,8 @@ def main(words: list[str]) -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="NAME")
     parser.add_argument("--counts", nargs="+", type=int, default=[46])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=STEPS, help="whether they are enough")
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--steps", type=int, help="whether they are enough")
     parser.add_argument("--precision", choices=get_args(Precision), default="bf16")
     parser.add_argument("--whole", action="store_true", help="images of twice the size")
     parser.add_argument("--hold-out", default="", metavar="VIDEO")
@@ -271,10 +279,13 @@ def main(words: list[str]) -> None:
     torch.set_num_threads(1)
     if given.quick:
         with TemporaryDirectory() as folder:
-            print(quick(ARMS, 30, (0, 1), Path(folder)))
+            print(quick(given.arms, given.steps or 30, given.seeds or (0, 1), Path(folder)))
         return
     if given.data is None:
         parser.error("--data must name the folder of frames, unless --quick is given")
+    data = frames.fingerprint(given.data)
+    if other_data(given.results, data):
+        parser.error(f"{given.results} has rows of other frames; name another with --results")
     train_frames, val = (
         frames.load(given.data, part, whole=given.whole) for part in ("train", "val")
     )
@@ -285,8 +296,8 @@ def main(words: list[str]) -> None:
         return split_of(train_frames, val, labeled, held_out)
 
     tasks = [
-        Task(arm, count, seed, given.hold_out, given.steps, given.precision)
-        for count, arm, seed in product(given.counts, given.arms, given.seeds)
+        Task(arm, count, seed, given.hold_out, given.steps or STEPS, given.precision)
+        for count, arm, seed in product(given.counts, given.arms, given.seeds or range(5))
     ]
     others: list[int] = []
     for _ in range(given.jobs - 1):  # they share the frames in memory
@@ -294,7 +305,7 @@ def main(words: list[str]) -> None:
         if not others[-1]:
             others = []
             break
-    run(tasks, splits, given.results, work=given.work, minutes=given.minutes)
+    run(tasks, splits, given.results, work=given.work, minutes=given.minutes, data=data)
     for process in others:
         os.waitpid(process, 0)
 
