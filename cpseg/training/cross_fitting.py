@@ -174,8 +174,9 @@ def _check_half(
     """Refuse before anything is taught, which takes minutes."""
     labeled = 0
     for index in range(len(half)):
-        _, logits, labels = half[index]
-        check_example(half[index], ignore_index)
+        example = half[index]
+        check_example(example, ignore_index)
+        _, logits, labels = example
         if len(logits) != classes:
             raise InputError(f"{name} must have logits of {classes} classes; got {len(logits)}")
         labeled += bool((labels != ignore_index).any())
