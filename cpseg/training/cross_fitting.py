@@ -128,7 +128,7 @@ def cross_fit(
             may come from this half alone. See :func:`~cpseg.training.refine`.
         first: Image, the annotator's logits, and labels of one half of the labeled images; whole
             images, of any sizes, each a unit. Where new images come from scenes or patients of
-            their own, no half may hold images of the other's.
+            their own, images are not exchangeable: give one of each.
         second: Of the other half.
         alpha: What both together may miss of a class.
         ignore_index: Label of pixels that do not count.
