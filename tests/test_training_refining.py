@@ -220,3 +220,18 @@ def test_examples_of_two_sizes_are_refused_in_one_step() -> None:
     ]
     with pytest.raises(InputError, match="examples of one step must be of one size"):
         refine(nn.Conv2d(5, 2, 1), made, class_weights=(1.0, 1.0), batch=16, steps=1)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.rand(2, 3, 4, 5),  # divided by 255 once more they would be black
+        torch.zeros(1, 3, 4, 5, dtype=torch.uint8),
+        torch.zeros(2, 3, 5, 4, dtype=torch.uint8),
+        torch.zeros(2, 1, 4, 5, dtype=torch.uint8),
+    ],
+)
+def test_images_that_do_not_go_with_the_logits_are_refused(images: Tensor) -> None:
+    refined = Refined(nn.Conv2d(5, 2, 1), (1.0, 1.0))
+    with pytest.raises(InputError, match=r"images must be bytes \(2, 3, 4, 5\) beside logits"):
+        refined(images, torch.zeros(2, 2, 4, 5))
