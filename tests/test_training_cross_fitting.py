@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 from torch import Tensor, nn
 
+from cpseg import ClassConditionalCalibrator
 from cpseg.errors import InputError
 from cpseg.quantile import Level
 from cpseg.training import Correction, CrossFitted, Example, cross_fit, refine
@@ -163,11 +164,37 @@ def test_the_least_half_is_what_the_level_takes(alpha: Level, least: int) -> Non
         ("second", (whole, few + void)),
     ):
         message = (
-            rf"{name} must hold at least 2 / alpha - 1 = {least} labeled images; got {least - 1}"
+            rf"{name} must hold at least 2 / alpha - 1 = {least} labeled units; got {least - 1}"
         )
         with pytest.raises(InputError, match=message):
             cross_fit(teach, *halves, alpha)
     assert not called  # it takes minutes
+
+
+def test_images_of_a_unit_count_as_one() -> None:
+    first, second = numbered(range(18)), numbered(range(18, 36))
+    patients = [index // 2 for index in range(18)], [9 + index // 2 for index in range(18)]
+    both = cross_fit(lambda _: as_it_is, first, second, 0.2, unit_ids=patients)
+    expected = ClassConditionalCalibrator(C)
+    for start in range(0, 18, 2):
+        pair = [torch.stack(part) for part in zip(*second[start : start + 2], strict=True)]
+        expected.update(pair[1], pair[2], [start, start])
+    found = both.calibrations[0]
+    assert found.num_units.tolist() == [9] * C
+    assert torch.equal(found.thresholds, expected.compute(0.1).thresholds)
+    alone = cross_fit(lambda _: as_it_is, first, second, 0.2)
+    assert not torch.equal(alone.calibrations[0].thresholds, found.thresholds)
+    for ids, message in (
+        ((patients[0], patients[1][:-1]), "unit_ids must have 18 and 18 ids"),
+        ((patients[0], [8, *patients[1][1:]]), "no unit may be in both halves; got 8"),
+        (
+            ([0] * 18, patients[1]),
+            "first must hold at least 2 / alpha - 1 = 9 labeled units; got 1",
+        ),
+        ((["a"] * 18, patients[1]), "unit_ids must be"),
+    ):
+        with pytest.raises(InputError, match=message):
+            cross_fit(lambda _: as_it_is, first, second, 0.2, unit_ids=ids)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +204,7 @@ def test_the_least_half_is_what_the_level_takes(alpha: Level, least: int) -> Non
         (1.0, 255, None, "alpha must"),
         (0.2, 2, None, "ignore_index must lie outside"),
         (0.2, 255, (0, torch.zeros(3, H, W)), "examples must be bytes"),
-        (0.2, 255, (1, torch.zeros(C + 1, H, W)), "second must have logits of 3 classes; got 4"),
+        (0.2, 255, (1, torch.zeros(C + 1, H, W)), "examples must have logits of 3 classes; got 4"),
         (0.2, 255, (2, torch.full((H, W), C)), "labels must be classes below 3"),
     ],
 )

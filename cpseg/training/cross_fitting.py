@@ -78,7 +78,7 @@ class CrossFitted:
             n=(int(counts.min()), int(counts.max())),
             probability="in expectation over the labeled images and the new one",
             assumptions=(
-                "the labeled images and the new one are exchangeable",
+                "the labeled images and the new one are exchangeable, or what unit_ids named",
                 "alpha and all of a correction were chosen without the labels that calibrate it",
                 "the new logits are computed as those of the labeled images were",
             ),
@@ -113,6 +113,7 @@ def cross_fit(
     second: Sequence[Example],
     alpha: Level = 0.1,
     *,
+    unit_ids: tuple[Sequence[int], Sequence[int]] | None = None,
     ignore_index: int = 255,
 ) -> CrossFitted:
     """Teach a correction of an annotator on each half of the labeled images, calibrate on the other.
@@ -127,18 +128,20 @@ def cross_fit(
             and to begin anew each time: a network, its class weights and whatever else is fitted
             may come from this half alone. See :func:`~cpseg.training.refine`.
         first: Image, the annotator's logits, and labels of one half of the labeled images; whole
-            images, of any sizes, each a unit. Where new images come from scenes or patients of
-            their own, images are not exchangeable: give one of each.
+            images, of any sizes.
         second: Of the other half.
         alpha: What both together may miss of a class.
+        unit_ids: The unit of each example, half by half, where one unit comes in several: the
+            patient, scene or video of images whose like new images come from. No unit may be in
+            both halves.
         ignore_index: Label of pixels that do not count.
 
     Returns:
         Both corrections, calibrated.
 
     Raises:
-        InputError: If examples do not fit, a half has fewer than ``2 / alpha - 1`` labeled images,
-            a correction is in training mode, or both share parameters.
+        InputError: If examples do not fit, a half has fewer than ``2 / alpha - 1`` labeled units,
+            both share one, a correction is in training mode, or both share parameters.
 
     Examples:
         >>> image, logits = torch.zeros(3, 1, 2, dtype=torch.uint8), torch.zeros(2, 1, 2)
@@ -150,41 +153,62 @@ def cross_fit(
     share = level(alpha) / 2
     classes = len(first[0][1]) if len(first) else 0
     _checks.check_ignore_index(ignore_index, classes)
-    for name, half in (("first", first), ("second", second)):
-        _check_half(name, half, classes, share, ignore_index)
+    units = _units(len(first), len(second), unit_ids)
+    for name, half, ids in (("first", first, units[0]), ("second", second, units[1])):
+        least, labeled = ceil(1 / share) - 1, _labeled_units(half, ids, classes, ignore_index)
+        if labeled < least:
+            raise InputError(
+                f"{name} must hold at least 2 / alpha - 1 = {least} labeled units; got {labeled}"
+            )
     one, other = teach(first), teach(second)
     _check_apart(one, other)
 
-    def calibrated(corrected: Correction, kept: Sequence[Example]) -> Calibration:
+    def calibrated(
+        corrected: Correction, kept: Sequence[Example], ids: Sequence[int]
+    ) -> Calibration:
         calibrator = ClassConditionalCalibrator(classes, ignore_index=ignore_index)
-        for index in range(len(kept)):
+        for index, unit in enumerate(ids):
             image, logits, labels = kept[index]
             with torch.no_grad():
                 said = corrected(image[None], logits[None])
-            calibrator.update(said, labels[None].to(said.device))
+            calibrator.update(said, labels[None].to(said.device), [unit])
         return calibrator.compute(share, fallback="pooled")
 
-    calibrations = calibrated(one, second), calibrated(other, first)
+    calibrations = calibrated(one, second, units[1]), calibrated(other, first, units[0])
     return CrossFitted((one, other), calibrations, float(2 * share))
 
 
-def _check_half(
-    name: str, half: Sequence[Example], classes: int, share: Fraction, ignore_index: int
-) -> None:
-    """Refuse before anything is taught, which takes minutes."""
-    labeled = 0
-    for index in range(len(half)):
+def _units(
+    first: int, second: int, unit_ids: tuple[Sequence[int], Sequence[int]] | None
+) -> tuple[Sequence[int], Sequence[int]]:
+    """The unit of each example of either half; images, unless told otherwise."""
+    if unit_ids is None:
+        return range(first), range(second)
+    one, other = (_checks.check_ids("unit_ids", ids) for ids in unit_ids)
+    if (len(one), len(other)) != (first, second):
+        raise InputError(
+            f"unit_ids must have {first} and {second} ids, one per example; "
+            f"got {len(one)} and {len(other)}"
+        )
+    if shared := set(one) & set(other):
+        raise InputError(f"no unit may be in both halves; got {min(shared)} in unit_ids of both")
+    return one, other
+
+
+def _labeled_units(
+    half: Sequence[Example], ids: Sequence[int], classes: int, ignore_index: int
+) -> int:
+    """How many units have a labeled pixel; all examples are checked, since teaching takes minutes."""
+    labeled = set[int]()
+    for index, unit in enumerate(ids):
         example = half[index]
         check_example(example, ignore_index)
         _, logits, labels = example
         if len(logits) != classes:
-            raise InputError(f"{name} must have logits of {classes} classes; got {len(logits)}")
-        labeled += bool((labels != ignore_index).any())
-    least = ceil(1 / share) - 1
-    if labeled < least:
-        raise InputError(
-            f"{name} must hold at least 2 / alpha - 1 = {least} labeled images; got {labeled}"
-        )
+            raise InputError(f"examples must have logits of {classes} classes; got {len(logits)}")
+        if bool((labels != ignore_index).any()):
+            labeled.add(unit)
+    return len(labeled)
 
 
 def _check_apart(one: Correction, other: Correction) -> None:
