@@ -6,7 +6,6 @@ no image can do both. For two it can: each is calibrated on what taught the othe
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from math import ceil
 from typing import final
 
