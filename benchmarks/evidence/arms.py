@@ -6,6 +6,7 @@ from functools import partial
 
 from external_labels import (
     Labels,
+    and_edges,
     by_class,
     in_the_set,
     kept_by,
@@ -163,6 +164,9 @@ ARMS = {
     "confidence .95": Arm(kept_by("confidence"), external),
     "most likely class if in the set, by class": Arm(kept_by("class: Top"), external),
     "at most two, by class": Arm(kept_by("class: AtMost 2"), external),
+    "at most two, by class, and all near edges": Arm(
+        and_edges(kept_by("class: AtMost 2")), external
+    ),
     "road as background, by class": Arm(kept_by("class: Road as background"), external),
     "argmax in the set, by location": Arm(kept_by("location: Argmax"), external),
     "argmax in the set, clustered": Arm(kept_by("clusters: Argmax"), external),

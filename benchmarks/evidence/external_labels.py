@@ -10,6 +10,7 @@ from frames import Frames
 from labels import halves, rules
 from student import DECAY, LABELED, LR, Student
 from torch import Tensor, nn
+from torch.nn.functional import max_pool2d
 
 from cpseg import Argmax, Calibration, ClassConditionalCalibrator
 from cpseg.filters import SoftLabels
@@ -25,6 +26,7 @@ from cpseg.training import (
 )
 
 ALPHA = 0.1
+EDGE = 2  # pixels
 
 Labels = Callable[[Frames, Frames], Tensor]  # labeled and unlabeled frames to labels of the latter
 
@@ -62,6 +64,25 @@ def kept_by(name: str) -> Labels:
         return frame_by_frame(rule.fit(labeled)(rule.usual), unlabeled)
 
     return labels
+
+
+def near_edges(labels: Tensor) -> Tensor:
+    """Pixels from which another class, or void, is at most ``EDGE`` away. Bool ``(N, H, W)``."""
+    whole = labels[:, None].float()
+    most, least = (
+        sign * max_pool2d(sign * whole, 2 * EDGE + 1, stride=1, padding=EDGE) for sign in (1, -1)
+    )
+    return (most != least)[:, 0]
+
+
+def and_edges(labels: Labels) -> Labels:
+    """What is kept, and near edges of the annotator's most likely class all of it."""
+
+    def both(labeled: Frames, unlabeled: Frames) -> Tensor:
+        kept, top = labels(labeled, unlabeled), raw(labeled, unlabeled)
+        return torch.where((kept == 255) & near_edges(top), top, kept)
+
+    return both
 
 
 def by_class(

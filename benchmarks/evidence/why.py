@@ -19,12 +19,12 @@ import frames
 import tables
 import torch
 from arms import ARMS
+from external_labels import near_edges
 from frames import Frames, Split, split_of
 from labels import by_class, confusion
 from student import NORMALIZE
 from students import STEPS, Precision, Task, hard, train
 from torch import Tensor
-from torch.nn.functional import max_pool2d
 
 from cpseg.training import class_weights_from
 
@@ -36,16 +36,6 @@ ASKED = [
     "recalibrated probabilities",
     "all true labels",
 ]
-EDGE = 2  # pixels
-
-
-def near_edges(labels: Tensor) -> Tensor:
-    """Pixels from which another class, or void, is at most ``EDGE`` away. Bool ``(N, H, W)``."""
-    whole = labels[:, None].float()
-    most, least = (
-        sign * max_pool2d(sign * whole, 2 * EDGE + 1, stride=1, padding=EDGE) for sign in (1, -1)
-    )
-    return (most != least)[:, 0]
 
 
 def of_labels(external: Tensor, of: Frames, weights: Tensor) -> Iterator[tables.Row]:
