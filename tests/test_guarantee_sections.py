@@ -94,6 +94,12 @@ PROMISES = {
         "over the calibration images",
         "if all are independent draws from one distribution",
     ),
+    "training.CrossFitted": (
+        "whose probability is 0 is at most :attr:`alpha`",
+        "in expectation",
+        "over the labeled images and the new one",
+        "if images are exchangeable",
+    ),
     "shift.WeightedCalibration": (
         "whose class is missing from their set",
         "expected",

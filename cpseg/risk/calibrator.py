@@ -108,6 +108,7 @@ class RiskCalibrator:
 
     Examples:
         >>> from cpseg import Argmax
+        >>> from cpseg.risk import KeptError
         >>> control = RiskCalibrator(KeptError(Argmax, num_classes=2))
         >>> logits, labels = torch.tensor([[9.0, 0.0], [0.0, 9.0]] * 60), torch.tensor([0, 1] * 60)
         >>> calibration = control.update(logits, labels).compute(alpha=0.1, delta=0.1)
