@@ -203,6 +203,42 @@ def test_what_is_near_an_edge_is_kept_too(students: Any, external_labels: Any) -
     assert torch.equal(both, torch.where(more, top, alone))
 
 
+def test_what_the_loss_sees_by_hand(students: Any) -> None:
+    import why  # type: ignore[import-not-found]  # noqa: PLC0415
+
+    frames = students.Frames(
+        ["video1_0"],
+        ["Road", "Car"],
+        torch.zeros(1, 3, 1, 9, dtype=torch.uint8),
+        torch.zeros(1, 2, 1, 9),
+        torch.tensor([[[0, 0, 0, 0, 0, 1, 1, 1, 255]]]),
+    )
+    said = torch.tensor([[[0, 255, 0, 0, 1, 1, 255, 0, 1]]])
+    rows = {row["name"]: row for row in why.of_labels(said, frames, torch.tensor([1.0, 3.0]))}
+    assert rows["Road"]["share of the loss"] == pytest.approx(4 / 13)
+    assert rows["Car"]["share of the loss"] == pytest.approx(9 / 13)  # where nobody knows, too
+    for name, kept, right in (
+        ("Road", 4 / 5, 3 / 4),
+        ("Car", 2 / 3, 1 / 2),
+        ("video1", 6 / 8, 4 / 6),
+        ("near edges", 4 / 5, 2 / 4),  # pixels 3 to 7: class 1 begins at 5, void at 8
+        ("far from edges", 2 / 3, 2 / 2),
+    ):
+        assert (rows[name]["kept"], rows[name]["right"]) == pytest.approx((kept, right))
+    soft = torch.stack((1 - (said == 1).float(), (said == 1).float()), 1) * (said < 255)[:, None]
+    again = {row["name"]: row for row in why.of_labels(soft, frames, torch.tensor([1.0, 3.0]))}
+    assert again == rows
+
+    class Sure(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            car = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0, 0.0]).view(1, 1, 9)
+            return torch.stack((1 - car, car), 1).expand(len(images), 2, 1, 9)
+
+    found = {row["name"]: row for row in why.of_student(Sure(), frames)}
+    assert found["Road"] == {"name": "Road", "precision": 3 / 4, "recall": 3 / 5, "iou": 3 / 6}
+    assert found["Car"] == {"name": "Car", "precision": 2 / 4, "recall": 2 / 3, "iou": 2 / 5}
+
+
 def test_a_level_of_its_own_takes_no_class_away(students: Any, external_labels: Any) -> None:
     labeled, unlabeled = students.shapes(12, 2, "train0"), students.shapes(12, 3, "train1")
     rare = len(labeled.classes) - 1
