@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from math import ceil, prod
+from math import prod
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Self, cast, final
@@ -17,7 +17,7 @@ from cpseg import _checks
 from cpseg.errors import FileError, InputError
 from cpseg.fitted import PAS, RC3P, Recalibrated
 from cpseg.protocols import Score
-from cpseg.quantile import level
+from cpseg.quantile import fewest_units, level
 from cpseg.scores import APS, LAC, RAPS, SAPS, Margin, TopK
 
 __all__ = ["Calibration", "Control", "Guarantee"]
@@ -579,7 +579,7 @@ def _needed(calibration: Calibration) -> Tensor:
     """Fewest units that allow a finite threshold. int64, shape of thresholds."""
     alpha = calibration.alpha
     alphas = alpha if isinstance(alpha, tuple) else (alpha,)
-    least = torch.tensor([ceil(1 / level(a)) - 1 for a in alphas])
+    least = torch.tensor([fewest_units(a) for a in alphas])
     return least.expand(calibration.thresholds.shape)
 
 

@@ -9,7 +9,6 @@ dimensions, on the device of the masks.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 from typing import Self, cast, final
 
@@ -20,7 +19,7 @@ from cpseg import _checks
 from cpseg.calibration import Guarantee, _read_checked, _write_checked
 from cpseg.errors import FileError, InputError
 from cpseg.morphology import dilate, distance_transform
-from cpseg.quantile import conformal_quantile, conformal_rank, level
+from cpseg.quantile import conformal_quantile, conformal_rank, fewest_units, level
 
 __all__ = ["MarginCalibrator", "Margins", "needed_radius"]
 
@@ -99,7 +98,7 @@ class Margins:
     @property
     def guarantee(self) -> Guarantee:
         """What is promised, about what, from how many images, and under which assumptions."""
-        needed = ceil(1 / level(self.alpha)) - 1
+        needed = fewest_units(self.alpha)
         kinds = (
             ("outer mask is everything", "a true mask", self.outer_radius),
             ("inner mask is empty", "pixels that are not the true mask", self.inner_radius),

@@ -60,6 +60,11 @@ def level(alpha: Level) -> Fraction:
     return Fraction(str(alpha))  # of numpy's floats too, whose repr is no number
 
 
+def fewest_units(alpha: Level) -> int:
+    """Of how many calibration units on a finite threshold can keep the promise."""
+    return ceil(1 / level(alpha)) - 1
+
+
 def conformal_rank(n: int, alpha: Level) -> int:
     """Rank of the score that is the threshold: ``ceil((n + 1) * (1 - alpha))``, exactly.
 

@@ -5,7 +5,6 @@ A table over 150 classes is read by whoever must decide where more labels are ne
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 from typing import Literal, final
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from cpseg.bounds import least_units
 from cpseg.calibration import Calibration
 from cpseg.errors import InputError
-from cpseg.quantile import level
+from cpseg.quantile import fewest_units, level
 
 __all__ = ["Standing", "standing", "standing_table"]
 
@@ -172,4 +171,4 @@ def _needed(calibration: Calibration, alpha: float) -> int:
     delta = None if calibration.control is None else calibration.control.delta
     if delta is not None:
         return least_units(alpha, delta)
-    return ceil(1 / level(alpha)) - 1
+    return fewest_units(alpha)

@@ -86,7 +86,7 @@ UNLISTED = {
     "cpseg.predictors": {
         *("beside_of", "check_calibration", "check_input", "columns_of", "limits_of", "run")
     },
-    "cpseg.quantile": {"UNIT_MASS", "budget", "mass_above"},
+    "cpseg.quantile": {"UNIT_MASS", "budget", "fewest_units", "mass_above"},
     "cpseg.scores": {
         *("all_scores", "label_scores", "label_scores_in_parts", "score_columns"),
         "scores_in_parts",

@@ -344,6 +344,7 @@ def test_training(
     torch.testing.assert_close(told.sum(0), torch.ones(40, 36))
     assert not torch.equal(told, logits["2"].softmax(0))
     assert [len(each.thresholds) for each in found["both"].calibrations] == [21, 21]
+    assert [int(each.num_units.max()) for each in found["both"].calibrations] == [19, 19]
     assert found["trainer"].config.class_weights == found["config"].class_weights
     assert found["trainer"].batches.color == found["mild"]
     found["trainer"].fit()

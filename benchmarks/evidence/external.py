@@ -21,7 +21,7 @@ from typing import cast
 import frames
 import tables
 import torch
-from external_labels import cross_fitted, recalibrated_alone, told
+from external_labels import cross_fitted, frame_by_frame, recalibrated_alone, told
 from frames import Frames, split_of
 from torch import Tensor
 
@@ -40,11 +40,15 @@ def named(labeled: Frames, unlabeled: Frames) -> Iterator[tuple[str, Tensor, set
     yield "refined on one half", one, set()
     yield "refined on the other", other, set()
     yield "both, pooled", pool_probabilities(one.log(), other), set()
-    names = ("one, in its set", "the other, in its set")
-    for name, calibration, said in zip(names, both.calibrations, logits, strict=True):
-        kept = torch.cat([SoftLabels(calibration)(each[None]) for each in said])
-        yield name, kept, _marked(calibration.fallback_groups)
-    yield "both, in both sets, pooled", told(both, unlabeled), _marked(both.unpromised)
+    kept = [
+        frame_by_frame(SoftLabels(calibration), said)
+        for calibration, said in zip(both.calibrations, logits, strict=True)
+    ]
+    left = [_marked(calibration.fallback_groups) for calibration in both.calibrations]
+    yield "one, in its set", kept[0], left[0]
+    yield "the other, in its set", kept[1], left[1]
+    pooled = pool_probabilities(kept[0].log(), kept[1])  # as both say, whose networks take long
+    yield "both, in both sets, pooled", pooled, _marked(both.unpromised)
 
 
 def _marked(classes: Tensor) -> set[int]:

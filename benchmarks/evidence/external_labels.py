@@ -52,8 +52,8 @@ def right_only(labeled: Frames, unlabeled: Frames) -> Tensor:
     return torch.where(found == unlabeled.labels, found, 255)
 
 
-def frame_by_frame(keep: Callable[[Tensor], Tensor], frames: Frames) -> Tensor:
-    return torch.cat([keep(logits[None]) for logits in frames.logits])
+def frame_by_frame(keep: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    return torch.cat([keep(of_frame[None]) for of_frame in logits])
 
 
 def kept_by(name: str) -> Labels:
@@ -61,7 +61,7 @@ def kept_by(name: str) -> Labels:
 
     def labels(labeled: Frames, unlabeled: Frames) -> Tensor:
         (rule,) = (rule for rule in rules(labeled.classes) if rule.name == name)
-        return frame_by_frame(rule.fit(labeled)(rule.usual), unlabeled)
+        return frame_by_frame(rule.fit(labeled)(rule.usual), unlabeled.logits)
 
     return labels
 
@@ -184,7 +184,7 @@ def levels_by_class(labeled: Frames, unlabeled: Frames) -> Tensor:
     usual = (ALPHA * (counts / counts.double().mean()).sqrt()).clamp(max=0.5).tolist()
     least = Fraction(1, len(labeled) + 1)  # below it nothing can be promised, and a class is lost
     alphas = [max(alpha, least) for alpha in usual]
-    return frame_by_frame(Argmax(by_class(labeled, alphas)), unlabeled)
+    return frame_by_frame(Argmax(by_class(labeled, alphas)), unlabeled.logits)
 
 
 def thinned_by_size(labeled: Frames, unlabeled: Frames) -> Tensor:
@@ -208,6 +208,6 @@ def in_the_set(calibrate: Callable[[Frames], Calibration]) -> Labels:
     """Probabilities of the classes of a set, 0 for all others."""
 
     def labels(labeled: Frames, unlabeled: Frames) -> Tensor:
-        return frame_by_frame(SoftLabels(calibrate(labeled)), unlabeled)
+        return frame_by_frame(SoftLabels(calibrate(labeled)), unlabeled.logits)
 
     return labels

@@ -39,6 +39,7 @@ class Run(NamedTuple):
     miou: float
     kept: float
     right: float
+    iou: Mapping[str, float | None]
 
 
 Arms = dict[str, dict[str, Run]]  # by arm and seed
@@ -54,7 +55,12 @@ def matches(results: Path) -> dict[Match, Arms]:
             if held_out in ("", video):
                 match = Match(int(count), size, held_out, int(steps), video)
                 of_arm = found.setdefault(match, {}).setdefault(arm, {})
-                of_arm[seed] = Run(float(miou), float(row["kept"]), float(row["right"]))
+                of_arm[seed] = Run(
+                    float(miou),
+                    float(row["kept"]),
+                    float(row["right"]),
+                    json.loads(row["iou_by_class"]),
+                )
     return {
         match: dict(sorted(arms.items(), key=lambda arm: list(ARMS).index(arm[0])))
         for match, arms in sorted(found.items())
@@ -92,7 +98,7 @@ def table(results: Path) -> str:
             "|---" * (6 + len(BESIDE)) + "|",
         ]
         for arm, runs in arms.items():
-            miou, kept, right = zip(*runs.values(), strict=True)
+            miou, kept, right, _ = zip(*runs.values(), strict=True)
             cells = [
                 arm,
                 f"{mean(kept):.4f}",
@@ -112,24 +118,22 @@ def classes(results: Path) -> str:
 
     Bold where the 95 % t-interval leaves out zero; of arms with three seeds or more.
     """
-    found: dict[tuple[int, str], dict[str, dict[str, float]]] = {}
-    for (arm, count, seed, size, held_out, steps), row in rows_of(results).items():
-        if (int(count), size, held_out) == (SHOWN, SIZE, ""):
-            iou: dict[str, float | None] = json.loads(row["iou_by_class"])
-            of_arm = found.setdefault((int(steps), arm), {})
-            of_arm[seed] = {name: 0.0 if value is None else value for name, value in iou.items()}
-    steps = min(steps for steps, arm in found if arm == "raw")
-    raw = found[steps, "raw"]
-    names = list(next(iter(raw.values())))
+    found = {
+        match.steps: arms
+        for match, arms in matches(results).items()
+        if (match.count, match.size, match.held_out) == (SHOWN, SIZE, "") and "raw" in arms
+    }
+    arms = found[min(found)]
+    raw = arms.pop("raw")
+    names = list(next(iter(raw.values())).iou)
     lines = [f"| minus raw | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
-    for arm in ARMS:
-        runs = found.get((steps, arm), {})
+    for arm, runs in arms.items():
         shared = [seed for seed in runs if seed in raw]
-        if arm == "raw" or len(shared) < SPREAD:
+        if len(shared) < SPREAD:
             continue
         cells: list[str] = []
         for name in names:
-            values = [runs[seed][name] - raw[seed][name] for seed in shared]
+            values = [(runs[s].iou[name] or 0.0) - (raw[s].iou[name] or 0.0) for s in shared]
             told = f"{100 * mean(values):+.1f}"
             cells.append(f"**{told}**" if abs(mean(values)) > half_width(values) else told)
         lines.append(f"| {arm} | {' | '.join(cells)} |")

@@ -45,7 +45,7 @@ from arms import ARMS, Arm
 from frames import Frames, Split, split_of
 from rows import COLUMNS, RESULTS, Key, append, other_data, rows_of
 from standings import table
-from student import DECAY, LABELED, LR, NORMALIZE, UNLABELED, Student
+from student import DECAY, LABELED, LR, UNLABELED, Student, labels_of
 from tables import COMMIT
 from torch import Tensor, nn
 
@@ -132,12 +132,11 @@ def row_of(task: Task, split: Split, student: torch.nn.Module, external: Tensor)
     classes, videos = len(split.test.classes), split.test.videos
     overall = MeanIoU(classes)
     by_video = {video: MeanIoU(classes) for video in sorted(set(videos))}
-    with torch.no_grad():
-        for image, label, video in zip(split.test.images, split.test.labels, videos, strict=True):
-            found = student(NORMALIZE(image[None].float() / 255)).argmax(1)
-            by_video[video].update(found, label[None])
-            if video != task.held_out:
-                overall.update(found, label[None])
+    said = labels_of(student, split.test.images)
+    for found, label, video in zip(said, split.test.labels, videos, strict=True):
+        by_video[video].update(found[None], label[None])
+        if video != task.held_out:
+            overall.update(found[None], label[None])
     iou = overall.compute(resamples=1)
     quality = SelectiveAccuracy(classes)
     quality.update(hard(external), ARMS[task.arm].taught(split).labels)

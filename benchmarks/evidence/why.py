@@ -22,7 +22,7 @@ from arms import ARMS
 from external_labels import near_edges
 from frames import Frames, Split, split_of
 from labels import by_class, confusion
-from student import NORMALIZE
+from student import labels_of
 from students import STEPS, Precision, Task, hard, train
 from torch import Tensor
 
@@ -74,10 +74,7 @@ def _kept(found: Tensor, of: Frames, places: list[Tensor]) -> tuple[list[float],
 
 def of_student(student: torch.nn.Module, test: Frames) -> Iterator[tables.Row]:
     """Precision, recall and IoU of each class."""
-    with torch.no_grad():
-        found = torch.cat(
-            [student(NORMALIZE(image[None].float() / 255)).argmax(1) for image in test.images]
-        )
+    found = labels_of(student, test.images)
     counts = confusion(found, test.labels, len(test.classes))
     union = counts.sum(0)[:-1] + counts.sum(1) - counts.diagonal()
     iou = counts.diagonal() / union

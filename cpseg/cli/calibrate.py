@@ -25,7 +25,7 @@ from cpseg.cli.workers import over
 from cpseg.errors import CpsegError, FileError, InputError
 from cpseg.merging import merge_all
 from cpseg.protocols import Score
-from cpseg.quantile import level
+from cpseg.quantile import fewest_units
 from cpseg.scores import APS, LAC, RAPS, SAPS, Margin, TopK
 
 __all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "run"]
@@ -228,7 +228,7 @@ def _thresholds(calibration: Calibration, titles: Sequence[str]) -> str:
     text = table(("class", *middle, "threshold", promised), lines)
     starved = [line[0] for line in lines if line[-2] == "none"]
     if starved:
-        least = math.ceil(1 / level(min(alphas))) - 1
+        least = fewest_units(min(alphas))
         text += "\n" + wrapped(
             f"No threshold for {', '.join(starved)}: too few {noun} for this alpha "
             f"(at least {least}). They stay in every set, so the promise holds and nothing is "

@@ -30,7 +30,7 @@ from cpseg.metrics import (
 )
 from cpseg.plots import ConfidenceCounts
 from cpseg.predictors import PixelSetPredictor
-from cpseg.quantile import level
+from cpseg.quantile import fewest_units
 from cpseg.report import levels_table
 from cpseg.risk import KeptError, RiskCalibrator
 from cpseg.training.comparison import Comparison, StudentResult, compare_on_shapes
@@ -253,7 +253,7 @@ def _tell(found: _Found) -> None:
             wrapped(
                 f"No threshold for {', '.join(starved)}: a promise of "
                 f"{100 * (1 - calibration.alpha):.6g}% needs at least "
-                f"{math.ceil(1 / level(calibration.alpha)) - 1} calibration images with the class. It "
+                f"{fewest_units(calibration.alpha)} calibration images with the class. It "
                 "stays in every set: the promise holds, and nothing is gained. Take more "
                 "--calibration-images, or a larger --alpha."
             )

@@ -5,7 +5,7 @@ from math import ceil, isfinite, sqrt
 
 from cpseg.calibration import Calibration
 from cpseg.metrics import CoverageReport, SelectiveAccuracyReport, SetSizeReport
-from cpseg.quantile import level
+from cpseg.quantile import fewest_units
 from cpseg.report._html import percent
 from cpseg.report._promises import alphas_of, promises_classes
 from cpseg.report.findings import Worry
@@ -106,7 +106,7 @@ def _about_threshold(
     """What is the matter with a class's threshold, and how many more images it needs."""
     alpha = alphas_of(calibration, len(calibration.thresholds))[index]
     n, noun = int(calibration.num_units[index]), f"{calibration.unit}s"
-    least = ceil(1 / level(alpha)) - 1
+    least = fewest_units(alpha)
     steady = ceil((1 - alpha) / alpha / _FEW**2)
     if bool(calibration.fallback_groups[index]):
         return (

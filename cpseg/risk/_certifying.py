@@ -17,7 +17,7 @@ from cpseg.bounds import (
     least_units,
 )
 from cpseg.errors import InputError
-from cpseg.quantile import UNIT_MASS, budget, level
+from cpseg.quantile import UNIT_MASS, budget, fewest_units
 from cpseg.risk.kept import KeptError
 from cpseg.risk.losses import Losses, Risk
 
@@ -162,7 +162,7 @@ def _wanted(risk: Risk, row: int) -> bool:
 
 def _how_many(begun: Tensor, alpha: float, bound: PValue, test: float | None) -> str:
     """How many units would do, in a sentence or two, by their losses where tests begin."""
-    least = ceil(1 / level(alpha)) - 1 if test is None else least_units(alpha, test)
+    least = fewest_units(alpha) if test is None else least_units(alpha, test)
     seen = f"{len(begun)} images were seen; fewer than {least} can never do."
     if not len(begun):
         return seen

@@ -6,7 +6,6 @@ no image can do both. For two it can: each is calibrated on what taught the othe
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil
 from typing import final
 
 import torch
@@ -17,7 +16,7 @@ from cpseg.calibration import Calibration, Guarantee
 from cpseg.calibrators import ClassConditionalCalibrator
 from cpseg.errors import InputError
 from cpseg.filters import SoftLabels
-from cpseg.quantile import Level, level
+from cpseg.quantile import Level, fewest_units, level
 from cpseg.training.refining import Example, check_example
 from cpseg.training.targets import pool_probabilities
 
@@ -153,8 +152,9 @@ def cross_fit(
     classes = len(first[0][1]) if len(first) else 0
     _checks.check_ignore_index(ignore_index, classes)
     units = _units(len(first), len(second), unit_ids)
+    least = fewest_units(share)
     for name, half, ids in (("first", first, units[0]), ("second", second, units[1])):
-        least, labeled = ceil(1 / share) - 1, _labeled_units(half, ids, classes, ignore_index)
+        labeled = _labeled_units(half, ids, classes, ignore_index)
         if labeled < least:
             raise InputError(
                 f"{name} must hold at least 2 / alpha - 1 = {least} labeled units; got {labeled}"
