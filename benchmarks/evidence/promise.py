@@ -122,12 +122,25 @@ WHAT += ["set size", "finite"]
 
 
 def splits(frames: Frames, count: int, budgets: tuple[int, ...], seed: int) -> Iterator[Any]:
-    """Budget, number of the split, the frames drawn and the rest; frames come in random order."""
+    """Budget, the frames drawn and the rest; frames come in random order."""
     for n in budgets:
         generator = torch.Generator().manual_seed(seed + n)
-        for number in range(count):
+        for _ in range(count):
             order = torch.randperm(len(frames), generator=generator).tolist()
-            yield n, number, order[:n], order[n:]
+            yield n, order[:n], order[n:]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Thresholds, what they are for, and the frames on which they are tested."""
+
+    thresholds: np.ndarray
+    axes: tuple[str, ...]
+    tested: list[int]
+
+
+def held(made: "cpseg.Calibration", tested: list[int]) -> Held:
+    return Held(made.thresholds.numpy(), made.axes, tested)
 
 
 def at_random(
@@ -135,26 +148,27 @@ def at_random(
 ) -> Iterator[Row]:
     """Splits by image, where all that is promised must hold."""
     for way in listed:
-        found: dict[tuple[int, float], list[tuple[cpseg.Calibration, list[int]]]] = {}
-        for n, _, drawn, rest in splits(bench.frames, count, budgets, seed):
+        found: dict[tuple[int, float], list[Held]] = {}
+        for n, drawn, rest in splits(bench.frames, count, budgets, seed):
             for alpha, made in bench.calibrations(way, drawn):
                 if made is not None:
-                    found.setdefault((n, alpha), []).append((made, rest))
-        for (n, alpha), held in found.items():
-            tally = tallied(bench.judge(way.score), held)
+                    found.setdefault((n, alpha), []).append(held(made, rest))
+        for (n, alpha), of_splits in found.items():
+            tally = tallied(bench.judge(way.score), of_splits)
             yield {**way.told, "n": n, **tally.row(alpha, bench.frames.classes)}
         print("done:", *way.told.values(), file=sys.stderr, flush=True)
 
 
-def tallied(judge: Judge, held: "list[tuple[cpseg.Calibration, list[int]]]") -> Tally:
-    """Calibrations of one way, each tested on the frames beside it."""
+def tallied(judge: Judge, held: list[Held]) -> Tally:
+    """Thresholds of one way, each tested on the frames beside them."""
     tally = Tally()
-    if held[0][0].axes in ((), ("class",)):
-        covered = judge.coverages([made.thresholds.numpy() for made, _ in held])
+    axes = held[0].axes
+    if axes in ((), ("class",)):
+        covered = judge.coverages([each.thresholds for each in held])
     else:
-        covered = (judge.coverage(made.thresholds, made.axes) for made, _ in held)
-    for coverage, (made, rest) in zip(covered, held, strict=True):
-        tally.add(coverage[rest], made.thresholds)
+        covered = (judge.coverage(each.thresholds, axes) for each in held)
+    for coverage, each in zip(covered, held, strict=True):
+        tally.add(coverage[each.tested], each.thresholds)
     return tally
 
 
@@ -193,24 +207,23 @@ def judged(
     bench: Bench, way: Way, drawn: list[list[int]], target: list[int], told: dict[str, object]
 ) -> list[Row]:
     """Calibrated on each of the drawn sets; tested on what of the target was not drawn."""
-    made: dict[float, list[tuple[cpseg.Calibration, list[int]]]] = {}
+    found: dict[float, list[Held]] = {}
     for chosen in drawn:
         rest = sorted(set(target) - set(chosen))
         for alpha, calibration in bench.calibrations(way, chosen):
             if calibration is not None:
-                made.setdefault(alpha, []).append((calibration, rest))
+                found.setdefault(alpha, []).append(held(calibration, rest))
     return [
-        {**told, **tallied(bench.judge(way.score), held).row(alpha, bench.frames.classes)}
-        for alpha, held in made.items()
+        {**told, **tallied(bench.judge(way.score), of_draws).row(alpha, bench.frames.classes)}
+        for alpha, of_draws in found.items()
     ]
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Another library's thresholds for a level and frames, on every so many splits."""
+    """Another library's thresholds for a level and frames."""
 
     told: dict[str, str]
-    every: int
     thresholds: Callable[[float, list[int]], np.ndarray]
 
 
@@ -220,18 +233,16 @@ def peers(bench: Bench, count: int, budgets: tuple[int, ...], seed: int) -> list
     rows: list[Row] = []
     for peer in (*of_torchcp(frames), *of_mapie(frames)):
         axes = ("class",) if peer.told["group"] == "class" else ()
-        tallies: dict[tuple[int, float], Tally] = {}
-        for n, number, drawn, rest in splits(frames, count, budgets, seed):
-            for alpha in ALPHAS if number % peer.every == 0 else ():
+        found: dict[tuple[int, float], list[Held]] = {}
+        for n, drawn, rest in splits(frames, count, budgets, seed):
+            for alpha in ALPHAS:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    found = peer.thresholds(alpha, drawn)
-                coverage = bench.judge(peer.told["score"]).coverage(found, axes)[rest]
-                tallies.setdefault((n, alpha), Tally()).add(coverage, found)
-        rows += [
-            {**peer.told, "n": n, **tally.row(alpha, frames.classes)}
-            for (n, alpha), tally in tallies.items()
-        ]
+                    thresholds = peer.thresholds(alpha, drawn)
+                found.setdefault((n, alpha), []).append(Held(thresholds, axes, rest))
+        for (n, alpha), of_splits in found.items():
+            tally = tallied(bench.judge(peer.told["score"]), of_splits)
+            rows.append({**peer.told, "n": n, **tally.row(alpha, frames.classes)})
         print("done:", *peer.told.values(), file=sys.stderr, flush=True)
     return rows
 
@@ -262,7 +273,7 @@ def of_torchcp(frames: Frames) -> Iterator[Peer]:
                 return np.asarray(predictor.q_hat, dtype=np.float32).reshape(-1)
 
             told = {"by": "TorchCP", "group": group, "unit": "pixel", "score": name}
-            yield Peer(told, 10, thresholds)
+            yield Peer(told, thresholds)
 
 
 def of_mapie(frames: Frames) -> Iterator[Peer]:
@@ -294,8 +305,8 @@ def of_mapie(frames: Frames) -> Iterator[Peer]:
         return np.asarray(model._mapie_classifier.conformity_score_function_.quantiles_)
 
     told = {"by": "MAPIE", "group": "none"}
-    yield Peer({**told, "unit": "image (CRC of recall)", "score": "LAC"}, 1, recall)
-    yield Peer({**told, "unit": "pixel", "score": "LAC"}, 20, lac)
+    yield Peer({**told, "unit": "image (CRC of recall)", "score": "LAC"}, recall)
+    yield Peer({**told, "unit": "pixel", "score": "LAC"}, lac)
 
 
 def identity(values: np.ndarray) -> np.ndarray:
