@@ -29,8 +29,10 @@ lint: $(VENV)/.dev ## ruff: rules and format
 	$(RUN) -m ruff format --check .
 
 .PHONY: types
-types: $(VENV)/.dev ## mypy and pyright, both strict
+types: $(VENV)/.dev ## mypy, and pyright of the package: both strict
 	$(RUN) -m mypy
+	MYPYPATH=benchmarks/evidence $(RUN) -m mypy benchmarks/evidence
+	MYPYPATH=benchmarks $(RUN) -m mypy benchmarks/*.py examples/*.py
 	$(PYRIGHT) --level error
 
 .PHONY: verifytypes

@@ -40,8 +40,9 @@ from measure import (
 from torch import Tensor
 
 from cpseg import APS, LAC, ClassConditionalCalibrator, PixelSetPredictor, gather
+from cpseg.protocols import Score
 
-SCORES = {"LAC": LAC(), "APS": APS()}
+SCORES: dict[str, Score] = {"LAC": LAC(), "APS": APS()}
 BATCH, CLASSES, SIDE = 2, 21, 512
 
 

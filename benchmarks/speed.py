@@ -34,11 +34,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from evidence.tables import markdown
+from evidence.tables import Row, markdown
 from measure import (
     GIVEN_BACK,
     RESULTS,
-    Row,
     Way,
     alone,
     answer,
@@ -397,7 +396,7 @@ def line(row: Row) -> Row:
         own = " / ".join(share for share in given[:2] if share)
         return f"{own} ({given[2]})" if given[2] else own
 
-    told = {
+    told: dict[str, Any] = {
         "operation": row["operation"],
         "eager": number("eager ms", ".0f"),
         "compiled": number("compiled ms", ".0f"),

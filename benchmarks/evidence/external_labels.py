@@ -130,7 +130,7 @@ def taught(examples: Sequence[Example]) -> Correction:
     classes = len(examples[0][1])
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = Student(classes, 3 + classes).to(memory_format=torch.channels_last)
+        network = Student(classes, 3 + classes)
     nn.init.zeros_(network.net.head.weight)
     nn.init.zeros_(cast("Tensor", network.net.head.bias))
     return refine(

@@ -31,7 +31,7 @@ from cpseg.tuning import GroupClusters, InterpolatedQuantile, annuli, cluster_lo
 ALPHAS = (0.05, 0.1)
 SCORES: dict[str, Score] = {"LAC": LAC(), "APS": APS()}
 BANDS = 3
-Make = Callable[[], Any]
+Make = Callable[..., Any]
 
 
 # --- what was covered -----------------------------------------------------------------------------
@@ -89,9 +89,9 @@ class Judge:
         """Thresholds as ``(C or 1, P)``."""
         match axes:
             case ("group",):
-                return thresholds[self.bands][None]
+                return np.take(thresholds, self.bands).reshape(1, -1)
             case ("group", "class"):
-                return thresholds[self.bands].T
+                return np.take(thresholds, self.bands, axis=0).T
             case _:
                 return thresholds.reshape(1, -1)
 

@@ -280,10 +280,11 @@ DRAWN = (
 def figure(rows: list[Row], n: int, path: Path) -> None:
     """Kept against right, over all pixels and over classes."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+    from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: PLC0415
 
     from cpseg.plots import PALETTE  # noqa: PLC0415
 
-    drawing = Figure(figsize=(10.5, 6.2), layout="constrained")
+    drawing = Figure(figsize=(10.5, 6.2), layout=ConstrainedLayoutEngine(wspace=0.06))
     planes = (
         (
             "kept",
@@ -294,7 +295,6 @@ def figure(rows: list[Row], n: int, path: Path) -> None:
         ("mean recall", "mean purity", "recall, mean over classes", "purity, mean over classes"),
     )
     panels = drawing.subplots(1, 2)
-    drawing.get_layout_engine().set(wspace=0.06)
     for axes, (across, up, below, beside) in zip(panels, planes, strict=True):
         for name, color, marker, line in DRAWN:
             held = [row for row in rows if row["n"] == n and row["rule"] == name]

@@ -327,7 +327,7 @@ class Rows:
         return self
 
     def predict(self, X: np.ndarray) -> np.ndarray:  # noqa: N803 - their name
-        return X.argmax(1)
+        return np.asarray(X.argmax(1))
 
     def predict_proba(self, X: np.ndarray) -> np.ndarray:  # noqa: N803 - their name
         return X

@@ -46,10 +46,11 @@ def ratios(source: Tensor, target: Tensor, ridge: float) -> Callable[[Tensor], T
         odds = x @ weight[:-1] + weight[-1]
         cost = torch.nn.functional.binary_cross_entropy_with_logits(odds, y)
         cost = cost + ridge * weight[:-1].square().sum()
-        cost.backward()
+        torch.autograd.backward(cost)
         return cost
 
-    solver.step(loss)
+    step: Callable[[Callable[[], Tensor]], object] = solver.step  # untyped in torch
+    step(loss)
     found = weight.detach()
     prior = len(source) / len(target)
     return lambda x: prior * ((x - mean) / spread @ found[:-1] + found[-1]).exp()
@@ -218,7 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
     bench = Bench(miniature() if chosen.quick else load(chosen.data, "train"))
     output = chosen.output or RESULTS
     print(f"{len(bench.frames)} frames, {count} splits, seed {chosen.seed}")
-    parts = {
+    parts: dict[str, tuple[str, Callable[[], list[Row]]]] = {
         "weights": ("Weights", lambda: weighted(bench, max(count // 10, 2), chosen.seed)),
         "alarms": ("Alarms at delta = 0.01", lambda: alarms(bench, count, chosen.seed)),
         "levels": ("Levels that move", lambda: following(bench)),

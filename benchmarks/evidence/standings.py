@@ -26,7 +26,7 @@ ALL = "all of val"
 class Match(NamedTuple):
     """Runs that are comparable, and where they were tested."""
 
-    count: int
+    labeled: int
     size: str
     held_out: str
     steps: int
@@ -50,13 +50,13 @@ def matches(results: Path) -> dict[Match, Arms]:
     found: dict[Match, Arms] = {}
     for (arm, count, seed, size, held_out, steps), row in rows_of(results).items():
         by_video: dict[str, float] = json.loads(row["miou_by_video"])
-        tested = by_video if len(by_video) == 1 or held_out else {**by_video, ALL: row["miou"]}
-        for video, miou in tested.items():
+        whole = {} if len(by_video) == 1 or held_out else {ALL: float(row["miou"])}
+        for video, miou in (by_video | whole).items():
             if held_out in ("", video):
                 match = Match(int(count), size, held_out, int(steps), video)
                 of_arm = found.setdefault(match, {}).setdefault(arm, {})
                 of_arm[seed] = Run(
-                    float(miou),
+                    miou,
                     float(row["kept"]),
                     float(row["right"]),
                     json.loads(row["iou_by_class"]),
@@ -91,7 +91,7 @@ def table(results: Path) -> str:
     lines: list[str] = []
     for match, arms in matches(results).items():
         lines += [
-            f"{match.count} labeled frames, {match.size}, {match.steps:,} steps, "
+            f"{match.labeled} labeled frames, {match.size}, {match.steps:,} steps, "
             f"tested on {match.video}" + (", of which no frame trains" if match.held_out else ""),
             "",
             f"| arm | kept | right | seeds | mIoU | sd | minus {' | minus '.join(BESIDE)} |",
@@ -121,7 +121,7 @@ def classes(results: Path) -> str:
     found = {
         match.steps: arms
         for match, arms in matches(results).items()
-        if (match.count, match.size, match.held_out) == (SHOWN, SIZE, "") and "raw" in arms
+        if (match.labeled, match.size, match.held_out) == (SHOWN, SIZE, "") and "raw" in arms
     }
     arms = found[min(found)]
     raw = arms.pop("raw")
@@ -146,7 +146,7 @@ def panels(results: Path) -> dict[str, dict[str, list[float]]]:
     for match, arms in sorted(matches(results).items(), key=lambda match: -match[0].steps):
         over = {arm: gains(runs, arms.get("raw", {})) for arm, runs in arms.items() if arm != "raw"}
         points = {arm: [100 * gain for gain in each] for arm, each in over.items() if each}
-        if (match.count, match.held_out) == (SHOWN, "") and points:
+        if (match.labeled, match.held_out) == (SHOWN, "") and points:
             title = f"{match.steps:,} steps, {match.size}, tested on {match.video}"
             found[title] = dict(sorted(points.items(), key=lambda arm: mean(arm[1])))
     return found

@@ -20,6 +20,7 @@ class Student(nn.Module):
         super().__init__()
         inside, outside = (count * SQUARE**2 for count in (channels, classes))
         self.net = UNet(outside, channels=inside, width=WIDTH, depth=DEPTH, norm="batch")
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in its stubs
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images ``(B, channels, H, W)``."""

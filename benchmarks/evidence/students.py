@@ -112,7 +112,7 @@ def train(
     torch.manual_seed(task.seed)
     classes = len(split.test.classes)
     trainer = Trainer(
-        Student(classes).to(memory_format=torch.channels_last),
+        Student(classes),
         config_of(task, split),
         labeled=pairs(split.labeled, split.labeled.labels),
         unlabeled=pairs(taught, external),
