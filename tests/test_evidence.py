@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.machinery import ModuleSpec
+from math import isnan, prod
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -160,18 +161,20 @@ def test_coverage_is_what_counting_gives(script: Script) -> None:
     frames.labels[5] = 255
     bench = judge.Bench(frames)
     generator = torch.Generator().manual_seed(1)
-    shapes: dict[tuple[str, ...], tuple[int, ...]] = {
-        (): (1,),
-        ("class",): (4,),
-        ("group",): (3,),
-        ("group", "class"): (3, 4),
-        ("location",): (8, 12),
+    bands = bench.bands.flatten()
+    places: dict[tuple[str, ...], tuple[tuple[int, ...], torch.Tensor]] = {
+        (): ((1,), bands),
+        ("class",): ((4,), bands),
+        ("group",): ((3,), bands),
+        ("group", "class"): ((3, 4), bands),
+        ("location",): ((8, 12), torch.arange(8 * 12) % 5),
     }
     for name, score in judge.SCORES.items():
         scores = score(frames.logits)
-        for axes, shape in shapes.items():
+        for axes, (shape, groups) in places.items():
             limit = torch.rand(shape, generator=generator)
-            found = bench.judge(name).coverage(limit, axes)
+            limits = judge.Limits(limit.numpy(), axes, groups.numpy())
+            found = bench.judge(name).coverage(limits)
 
             def own(c: int, y: int, x: int, axes: Any = axes, limit: Any = limit) -> float:
                 band = int(bench.bands[y, x])
@@ -187,20 +190,64 @@ def test_coverage_is_what_counting_gives(script: Script) -> None:
                     for x in range(12)
                 }
                 held: dict[int, list[bool]] = {}
+                there: dict[int, list[bool]] = {}
                 for y in range(8):
                     for x in range(12):
                         label = int(frames.labels[entry, y, x])
+                        group = int(groups[12 * y + x])
                         if label < 4:
                             held.setdefault(label, []).append(inside[label, y, x])
+                            cell = 4 * group + label if "class" in axes else group
+                            there.setdefault(cell, []).append(inside[label, y, x])
                 everything = [value for values in held.values() for value in values]
-                mean = found.of_images[entry]
-                assert mean == sum(everything) / len(everything) if everything else mean != mean  # noqa: PLR0124
+                assert same(found.of_images[entry], everything)
                 for c in range(4):
-                    share = found.of_classes[entry, c]
-                    wanted = held.get(c)
-                    assert share == sum(wanted) / len(wanted) if wanted else share != share  # noqa: PLR0124
+                    assert same(found.of_classes[entry, c], held.get(c, []))
+                cells = {(): 0, ("class",): 0, ("location",): 5}.get(axes, prod(shape))
+                assert found.of_groups.shape == (6, cells)
+                for cell in range(cells):
+                    assert same(found.of_groups[entry, cell], there.get(cell, []))
                 sampled = [inside[c, y, x] for c in range(4) for y in (0, 4) for x in (0, 4, 8)]
                 assert found.sizes[entry] == sum(sampled) / 6
+
+
+def same(share: float, counted: list[bool]) -> bool:
+    """Whether it is the share of what was counted; NaN where there was nothing."""
+    return share == sum(counted) / len(counted) if counted else isnan(share)
+
+
+def test_a_group_is_where_its_threshold_is(script: Script) -> None:
+    judge, frames = script("judge"), script("miniature").miniature(40, size=(8, 12))
+    bench = judge.Bench(frames)
+    for group, count in (("location", 96), ("4 rings", 4), ("4 fitted clusters", 4)):
+        ((_, limits), _) = bench.limits(judge.Way(group, "image", "none", "LAC"), list(range(40)))
+        assert sorted(set(limits.places.tolist())) == list(range(count))
+        for place in range(count):
+            assert len(np.unique(limits.thresholds.reshape(-1)[limits.places == place])) == 1
+    for group in ("3 bands", "3 bands x class"):
+        ((_, limits), _) = bench.limits(judge.Way(group, "image", "none", "LAC"), list(range(40)))
+        assert np.array_equal(limits.places, bench.bands.flatten())
+    for group in ("none", "class"):
+        ((_, limits), _) = bench.limits(judge.Way(group, "image", "none", "LAC"), list(range(40)))
+        assert limits.places.size == 0
+
+
+def test_what_chance_explains_is_not_short(script: Script) -> None:
+    promise = script("promise")
+    draws = np.random.default_rng(0).normal(0.9, 0.02, (200, 3))
+    means, short = promise.over_splits(draws, 0.9)
+    assert np.allclose(means, draws.mean(0))
+    assert short == 0
+    draws[:, 1] -= 0.02
+    draws[:, 2] = np.nan
+    draws[:5, 2] = 0.2, 0.4, 0.3, 0.3, 0.3
+    means, short = promise.over_splits(draws, 0.9)
+    assert means[2] == pytest.approx(0.3)
+    assert short == 2
+    draws[2:, 2] = np.nan
+    draws[:2, 2] = 0.60, 0.62  # of two splits, which are no evidence either
+    assert promise.over_splits(draws, 0.9)[1] == 1
+    assert promise.over_splits(draws[:1], 0.99)[1] == 0  # one split is no evidence
 
 
 @pytest.mark.parametrize("whole", [False, True])

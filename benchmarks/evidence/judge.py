@@ -24,6 +24,7 @@ from cpseg import (
     LocationCalibrator,
     SplitCalibrator,
 )
+from cpseg.calibrators import LocationClusters
 from cpseg.errors import InputError
 from cpseg.protocols import Score
 from cpseg.tuning import GroupClusters, InterpolatedQuantile, annuli, cluster_locations
@@ -38,22 +39,43 @@ Make = Callable[..., Any]
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Thresholds, their axes, and, if they are for groups of pixels, the group of each ``(P,)``."""
+
+    thresholds: np.ndarray
+    axes: tuple[str, ...]
+    places: np.ndarray
+
+
+NOWHERE = np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
 class Coverage:
-    """Of frames: share covered ``(N,)``, by class ``(N, C)``, NaN where absent; set size ``(N,)``."""
+    """Of frames: share covered ``(N,)``, by class ``(N, C)``, NaN where absent; set size ``(N,)``.
+
+    Thresholds of groups of pixels also have it by group (and class) ``(N, G)``; others by none.
+    """
 
     of_images: np.ndarray
     of_classes: np.ndarray
     sizes: np.ndarray
+    of_groups: np.ndarray
 
     def __getitem__(self, chosen: list[int]) -> "Coverage":
-        return Coverage(self.of_images[chosen], self.of_classes[chosen], self.sizes[chosen])
+        return Coverage(
+            self.of_images[chosen],
+            self.of_classes[chosen],
+            self.sizes[chosen],
+            self.of_groups[chosen],
+        )
 
-    def summary(self) -> tuple[float, np.ndarray, float]:
-        """Mean over images; for each class, mean over images that contain it; mean set size."""
+    def summary(self) -> tuple[float, np.ndarray, np.ndarray, float]:
+        """Mean over images; of each class and group, over images that show it; mean set size."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a class that no frame contains
-            by_class = np.nanmean(self.of_classes, 0)
-        return float(np.nanmean(self.of_images)), by_class, float(self.sizes.mean())
+            by_class, by_group = np.nanmean(self.of_classes, 0), np.nanmean(self.of_groups, 0)
+        return float(np.nanmean(self.of_images)), by_class, by_group, float(self.sizes.mean())
 
 
 class Judge:
@@ -63,7 +85,7 @@ class Judge:
     taken at every fourth pixel of every fourth row.
     """
 
-    def __init__(self, frames: Frames, name: str, bands: Tensor) -> None:
+    def __init__(self, frames: Frames, name: str) -> None:
         score = SCORES[name]
         count, classes = frames.logits.shape[:2]
         labels = frames.labels.flatten(1)
@@ -73,44 +95,29 @@ class Judge:
         self.label = labels.gather(1, place)[known].numpy()
         own = score.of_labels(frames.logits, frames.labels * (frames.labels < classes))
         self.scores = own.flatten(1).gather(1, place)[known].numpy()
-        entry = torch.arange(count)[:, None].expand_as(labels)[known].numpy()
-        self.counts = np.bincount(entry * classes + self.label, minlength=count * classes).reshape(
-            count, classes
-        )
+        self.frame = torch.arange(count)[:, None].expand_as(labels)[known].numpy()
+        self.counts = np.bincount(
+            self.frame * classes + self.label, minlength=count * classes
+        ).reshape(count, classes)
         self.starts = np.concatenate(([0], self.counts.ravel().cumsum()[:-1]))
         self.sample = np.arange(labels.shape[1]).reshape(frames.labels.shape[1:])[::4, ::4].ravel()
         self.thin = score(frames.logits[:, :, ::4, ::4]).flatten(2).numpy()
         self.sorted = [np.sort(part) for part in np.split(self.scores, self.starts[1:])]
         self.sorted_thin = np.sort(self.thin, axis=2)
-        self.bands = bands.flatten().numpy()
         self.classes = classes
 
-    def limits(self, thresholds: np.ndarray, axes: tuple[str, ...]) -> np.ndarray:
-        """Thresholds as ``(C or 1, P)``."""
-        match axes:
-            case ("group",):
-                return np.take(thresholds, self.bands).reshape(1, -1)
-            case ("group", "class"):
-                return np.take(thresholds, self.bands, axis=0).T
-            case _:
-                return thresholds.reshape(1, -1)
+    def coverages(self, held: Sequence[Limits]) -> Iterator[Coverage]:
+        """Of every frame, at many thresholds for the same axes."""
+        if held[0].axes in ((), ("class",)):
+            return self._by_rank([limits.thresholds for limits in held])
+        return (self._by_place(limits) for limits in held)
 
-    def coverage(self, thresholds: Tensor | np.ndarray, axes: tuple[str, ...]) -> Coverage:
+    def coverage(self, limits: Limits) -> Coverage:
         """Of every frame."""
-        limits = np.asarray(thresholds, dtype=np.float32)
-        if axes in ((), ("class",)):
-            return next(self.coverages([limits]))
-        limit = self.limits(limits, axes)
-        own = limit[0, self.pixel] if len(limit) == 1 else limit[self.label, self.pixel]
-        held = (self.scores <= own).astype(np.uint8)
-        nonempty = self.counts.ravel() > 0
-        sums = np.zeros(self.counts.size)
-        sums[nonempty] = np.add.reduceat(held, self.starts[nonempty], dtype=np.int64)
-        inside = np.count_nonzero(self.thin <= limit[:, self.sample], axis=(1, 2))
-        return self._shares(sums.reshape(self.counts.shape), inside)
+        return next(self.coverages([limits]))
 
-    def coverages(self, thresholds: Sequence[np.ndarray]) -> Iterator[Coverage]:
-        """The same at many thresholds at once, each ``(1,)`` or ``(C,)``: ranks in sorted scores."""
+    def _by_rank(self, thresholds: Sequence[np.ndarray]) -> Iterator[Coverage]:
+        """Thresholds ``(1,)`` or ``(C,)``: ranks in sorted scores, all at once."""
         limits = np.stack([np.broadcast_to(each, self.classes) for each in thresholds], 1)
         frames = len(self.counts)
         sums = np.zeros((len(thresholds), frames, self.classes))
@@ -122,12 +129,35 @@ class Judge:
                 thin = self.sorted_thin[frame, label]
                 inside[:, frame] += np.searchsorted(thin, limits[label], side="right")
         for each, size in zip(sums, inside, strict=True):
-            yield self._shares(each, size)
+            yield self._shares(each, size, np.empty((frames, 0)))
 
-    def _shares(self, sums: np.ndarray, inside: np.ndarray) -> Coverage:
+    def _by_place(self, limits: Limits) -> Coverage:
+        """Thresholds that differ between pixels."""
+        match limits.axes:
+            case ("group",):
+                limit = np.take(limits.thresholds, limits.places).reshape(1, -1)
+            case ("group", "class"):
+                limit = np.take(limits.thresholds, limits.places, axis=0).T
+            case _:
+                limit = limits.thresholds.reshape(1, -1)
+        own = limit[0, self.pixel] if len(limit) == 1 else limit[self.label, self.pixel]
+        held = (self.scores <= own).astype(np.uint8)
+        nonempty = self.counts.ravel() > 0
+        sums = np.zeros(self.counts.size)
+        sums[nonempty] = np.add.reduceat(held, self.starts[nonempty], dtype=np.int64)
+        inside = np.count_nonzero(self.thin <= limit[:, self.sample], axis=(1, 2))
+        group, groups = limits.places[self.pixel], int(limits.places.max()) + 1
+        if "class" in limits.axes:
+            group, groups = group * self.classes + self.label, groups * self.classes
+        cell, cells = self.frame * groups + group, len(self.counts) * groups
+        with np.errstate(invalid="ignore"):
+            of_groups = np.bincount(cell, held, cells) / np.bincount(cell, minlength=cells)
+        return self._shares(sums.reshape(self.counts.shape), inside, of_groups.reshape(-1, groups))
+
+    def _shares(self, sums: np.ndarray, inside: np.ndarray, of_groups: np.ndarray) -> Coverage:
         with np.errstate(invalid="ignore"):
             of_images, of_classes = sums.sum(1) / self.counts.sum(1), sums / self.counts
-        return Coverage(of_images, of_classes, inside / self.thin.shape[2])
+        return Coverage(of_images, of_classes, inside / self.thin.shape[2], of_groups)
 
     def of_one(self, threshold: float, index: int) -> tuple[float, float]:
         """Coverage and set size of one frame at one threshold."""
@@ -207,7 +237,7 @@ class Bench:
         self.shape = tuple(frames.labels.shape[1:])
         rows = torch.arange(self.shape[0]) * BANDS // self.shape[0]
         self.bands = rows[:, None].expand(self.shape).contiguous()
-        self.judge = cache(lambda score: Judge(frames, score, self.bands))
+        self.judge = cache(lambda score: Judge(frames, score))
         self.stock = cache(self._stock)
 
     def _make(self, group: str, unit: str, score: str) -> tuple[Make, bool]:
@@ -247,10 +277,8 @@ class Bench:
             chosen = chosen[len(half) :]
         return make().update(logits[chosen], labels[chosen])
 
-    def calibrations(
-        self, way: Way, chosen: list[int]
-    ) -> Iterator[tuple[float, Calibration | None]]:
-        """For each level; None where the budget does not afford what the way needs."""
+    def limits(self, way: Way, chosen: list[int]) -> Iterator[tuple[float, Limits]]:
+        """Of each level at which the budget affords what the way needs."""
         fallback: Any = {"none": None}.get(way.fallback, way.fallback)
         if way.fallback in ("interpolated", "clusters"):
             half, rest = chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]
@@ -264,6 +292,18 @@ class Bench:
                 elif way.fallback == "clusters":
                     fallback = GroupClusters.fit(tuning)
             except InputError:  # the half has no finite pooled threshold
-                yield alpha, None
                 continue
-            yield alpha, seen.compute(alpha, fallback)
+            yield alpha, self.limits_of(seen, seen.compute(alpha, fallback))
+
+    def limits_of(self, seen: Any, made: Calibration) -> Limits:
+        """Of a calibrator and what it computed."""
+        match seen:
+            case GroupCalibrator():
+                places = self.bands.flatten().numpy()
+            case LocationCalibrator(clusters=None):
+                places = np.arange(self.bands.numel())
+            case LocationCalibrator(clusters=LocationClusters(map=found)):
+                places = found.flatten().numpy()
+            case _:
+                places = NOWHERE
+        return Limits(made.thresholds.numpy(), made.axes, places)

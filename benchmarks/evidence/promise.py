@@ -17,19 +17,16 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from frames import Frames, load
-from judge import ALPHAS, SCORES, Bench, Coverage, Judge, Way
+from judge import ALPHAS, NOWHERE, SCORES, Bench, Coverage, Judge, Limits, Way
 from miniature import miniature
 from scipy.stats import t
 from tables import RESULTS, Row, markdown, told, write
 from torch import Tensor
-
-if TYPE_CHECKING:
-    import cpseg
 
 UNLIKELY = 1e-4  # what chance may explain, for each number that is judged
 
@@ -69,48 +66,54 @@ def ways(listed: tuple[tuple[str, str, str], ...], score: str) -> list[Way]:
     return [Way(*names, score) for names in listed]
 
 
+def over_splits(values: np.ndarray, aim: float) -> tuple[np.ndarray, int]:
+    """Of values ``(splits, G)`` the means ``(G,)``, and how many lie below by more than chance."""
+    count = (~np.isnan(values)).sum(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # what one split shows, or none: NaN
+        means, spread = np.nanmean(values, 0), np.nanstd(values, 0, ddof=1)
+        error = t.isf(UNLIKELY, count - 1) * spread / count**0.5
+    return means, int((means + error < aim).sum())
+
+
 class Tally:
     """What many splits gave for one way, budget and level."""
 
     def __init__(self) -> None:
         self.means: list[float] = []
         self.classes: list[np.ndarray] = []
+        self.groups: list[np.ndarray] = []
         self.sizes: list[float] = []
         self.finite: list[float] = []
 
-    def add(self, coverage: Coverage, thresholds: Tensor | np.ndarray) -> None:
-        mean, by_class, size = coverage.summary()
+    def add(self, coverage: Coverage, thresholds: np.ndarray) -> None:
+        mean, by_class, by_group, size = coverage.summary()
         self.means.append(mean)
         self.classes.append(by_class)
+        self.groups.append(by_group)
         self.sizes.append(size)
-        self.finite.append(float(np.isfinite(np.asarray(thresholds)).mean()))
+        self.finite.append(float(np.isfinite(thresholds).mean()))
 
     def row(self, alpha: float, names: list[str]) -> dict[str, object]:
         """Means over splits; short: below the level by more than chance explains."""
-        means, splits = np.array(self.means), len(self.means)
-        classes = np.array(self.classes)
-        aim = 1 - alpha
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            by_class, spread = (
-                np.nanmean(classes, 0),
-                np.nanstd(classes, 0, ddof=min(splits - 1, 1)),
-            )
-        error = spread / np.maximum((~np.isnan(classes)).sum(0), 1) ** 0.5
-        worst = int(np.nanargmin(by_class))
-        own = float(means.std(ddof=min(splits - 1, 1)))
-        errors = float(t.isf(UNLIKELY, splits - 1))  # NaN for one split, which is never judged
-        short = means.mean() + errors * own / splits**0.5 < aim
+        means, aim = np.array(self.means), 1 - alpha
+        _, short = over_splits(means[:, None], aim)
+        by_class, classes_short = over_splits(np.array(self.classes), aim)
+        by_group, groups_short = over_splits(np.array(self.groups), aim)
+        worst, groups = int(np.nanargmin(by_class)), int((~np.isnan(by_group)).sum())
         return {
             "alpha": alpha,
-            "splits": splits,
+            "splits": len(means),
             "mean of images": float(means.mean()),
-            "sd": own,
+            "sd": float(means.std(ddof=min(len(means) - 1, 1))),
             "splits below": float((means < aim).mean()),
             "short": "yes" if short else "",
             "worst class": float(by_class[worst]),
             "which": names[worst],
-            "classes short": int((by_class + errors * error < aim).sum()),
+            "classes short": classes_short,
+            "groups": groups or "",
+            "worst group": float(np.nanmin(by_group)) if groups else "",
+            "groups short": groups_short if groups else "",
             "set size": float(np.mean(self.sizes)),
             "finite": float(np.mean(self.finite)),
             **{f"mean of images, {name}": float(by_class[i]) for i, name in enumerate(names)},
@@ -118,7 +121,7 @@ class Tally:
 
 
 WHAT = ["mean of images", "sd", "splits below", "short", "worst class", "which", "classes short"]
-WHAT += ["set size", "finite"]
+WHAT += ["groups", "worst group", "groups short", "set size", "finite"]
 
 
 def splits(frames: Frames, count: int, budgets: tuple[int, ...], seed: int) -> Iterator[Any]:
@@ -130,17 +133,7 @@ def splits(frames: Frames, count: int, budgets: tuple[int, ...], seed: int) -> I
             yield n, order[:n], order[n:]
 
 
-@dataclass(frozen=True)
-class Held:
-    """Thresholds, what they are for, and the frames on which they are tested."""
-
-    thresholds: np.ndarray
-    axes: tuple[str, ...]
-    tested: list[int]
-
-
-def held(made: "cpseg.Calibration", tested: list[int]) -> Held:
-    return Held(made.thresholds.numpy(), made.axes, tested)
+Held = list[tuple[Limits, list[int]]]  # thresholds, and the frames on which they are tested
 
 
 def at_random(
@@ -148,27 +141,22 @@ def at_random(
 ) -> Iterator[Row]:
     """Splits by image, where all that is promised must hold."""
     for way in listed:
-        found: dict[tuple[int, float], list[Held]] = {}
+        found: dict[tuple[int, float], Held] = {}
         for n, drawn, rest in splits(bench.frames, count, budgets, seed):
-            for alpha, made in bench.calibrations(way, drawn):
-                if made is not None:
-                    found.setdefault((n, alpha), []).append(held(made, rest))
+            for alpha, limits in bench.limits(way, drawn):
+                found.setdefault((n, alpha), []).append((limits, rest))
         for (n, alpha), of_splits in found.items():
             tally = tallied(bench.judge(way.score), of_splits)
             yield {**way.told, "n": n, **tally.row(alpha, bench.frames.classes)}
         print("done:", *way.told.values(), file=sys.stderr, flush=True)
 
 
-def tallied(judge: Judge, held: list[Held]) -> Tally:
+def tallied(judge: Judge, held: Held) -> Tally:
     """Thresholds of one way, each tested on the frames beside them."""
     tally = Tally()
-    axes = held[0].axes
-    if axes in ((), ("class",)):
-        covered = judge.coverages([each.thresholds for each in held])
-    else:
-        covered = (judge.coverage(each.thresholds, axes) for each in held)
-    for coverage, each in zip(covered, held, strict=True):
-        tally.add(coverage[each.tested], each.thresholds)
+    covered = judge.coverages([limits for limits, _ in held])
+    for coverage, (limits, tested) in zip(covered, held, strict=True):
+        tally.add(coverage[tested], limits.thresholds)
     return tally
 
 
@@ -207,12 +195,11 @@ def judged(
     bench: Bench, way: Way, drawn: list[list[int]], target: list[int], told: dict[str, object]
 ) -> list[Row]:
     """Calibrated on each of the drawn sets; tested on what of the target was not drawn."""
-    found: dict[float, list[Held]] = {}
+    found: dict[float, Held] = {}
     for chosen in drawn:
         rest = sorted(set(target) - set(chosen))
-        for alpha, calibration in bench.calibrations(way, chosen):
-            if calibration is not None:
-                found.setdefault(alpha, []).append(held(calibration, rest))
+        for alpha, limits in bench.limits(way, chosen):
+            found.setdefault(alpha, []).append((limits, rest))
     return [
         {**told, **tallied(bench.judge(way.score), of_draws).row(alpha, bench.frames.classes)}
         for alpha, of_draws in found.items()
@@ -233,13 +220,13 @@ def peers(bench: Bench, count: int, budgets: tuple[int, ...], seed: int) -> list
     rows: list[Row] = []
     for peer in (*of_torchcp(frames), *of_mapie(frames)):
         axes = ("class",) if peer.told["group"] == "class" else ()
-        found: dict[tuple[int, float], list[Held]] = {}
+        found: dict[tuple[int, float], Held] = {}
         for n, drawn, rest in splits(frames, count, budgets, seed):
             for alpha in ALPHAS:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     thresholds = peer.thresholds(alpha, drawn)
-                found.setdefault((n, alpha), []).append(Held(thresholds, axes, rest))
+                found.setdefault((n, alpha), []).append((Limits(thresholds, axes, NOWHERE), rest))
         for (n, alpha), of_splits in found.items():
             tally = tallied(bench.judge(peer.told["score"]), of_splits)
             rows.append({**peer.told, "n": n, **tally.row(alpha, frames.classes)})

@@ -85,11 +85,13 @@ def weighted(bench: Bench, count: int, seed: int) -> list[Row]:
                     own = made.thresholds(ratio(described[rest]))
                     each = [judge.of_one(t, i) for t, i in zip(own.tolist(), rest, strict=True)]
                     covered, sizes = np.array(each).T
-                    fixed = judge.coverage(plain.compute(alpha).thresholds, ())[rest].summary()
+                    fixed = judge.coverage(bench.limits_of(plain, plain.compute(alpha)))[
+                        rest
+                    ].summary()
                     found[alpha].append((
                         fixed[0],
                         float(covered.mean()),
-                        fixed[2],
+                        fixed[-1],
                         float(sizes.mean()),
                         made.effective_units,
                         float(own.isinf().double().mean()),
@@ -169,13 +171,14 @@ def following(bench: Bench) -> list[Row]:
         others = [i for i, name in enumerate(frames.videos) if name != video]
         calibrator = bench.stock("none", "image", "LAC").of(others)
         for alpha in ALPHAS:
-            fixed = judge.coverage(calibrator.compute(alpha).thresholds, ())[stream]
+            made = calibrator.compute(alpha)
+            fixed = judge.coverage(bench.limits_of(calibrator, made))[stream]
             rows.append({
                 "test": video, "alpha": alpha, "gamma": "fixed", "frames": len(stream),
                 "mean of images": fixed.summary()[0],
                 "second half": float(np.nanmean(fixed.of_images[len(stream) // 2 :])),
                 "worst frame": float(np.nanmin(fixed.of_images)),
-                "set size": fixed.summary()[2], "full": 0.0,
+                "set size": fixed.summary()[-1], "full": 0.0,
             })  # fmt: skip
             for gamma in (0.01, 0.05, 0.2):
                 moving = AdaptiveLevel(calibrator, alpha, gamma=gamma)
