@@ -432,11 +432,16 @@ def test_the_figure_shows_what_arms_gain_on_raw_labels(
         ("all true labels", 0, 30, 0.8),  # no raw at all
     ):
         students.append(results, run_of(students, arm, seed, steps, {"new": miou}))
-    for arm in ("raw", "all true labels"):
-        students.append(results, run_of(students, arm, 0, 10, {"new": 0.5, "held": 0.6}))
+    for arm, miou in (("raw", 0.6), ("all true labels", 0.63)):
+        students.append(results, run_of(students, arm, 0, 10, {"new": 0.5, "held": miou}))
     found = standings.panels(results)
-    assert list(found) == [f"{steps} steps, 90x120, tested on new" for steps in (20, 10)]
-    last, first = found.values()
+    assert list(found) == [
+        "20 steps, 90x120, tested on new",
+        "10 steps, 90x120, tested on new",
+        "10 steps, 90x120, tested on held, of which no frame trains",
+    ]
+    last, first, held = found.values()
+    assert held == {"all true labels": pytest.approx([3])}
     assert list(first) == ["labels only", "drop every wrong label", "all true labels"]
     assert first["labels only"] == pytest.approx([-20, -10])
     assert first["drop every wrong label"] == pytest.approx([-10])

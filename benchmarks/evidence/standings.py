@@ -32,6 +32,10 @@ class Match(NamedTuple):
     steps: int
     video: str
 
+    @property
+    def tested(self) -> str:
+        return f"tested on {self.video}" + (", of which no frame trains" if self.held_out else "")
+
 
 class Run(NamedTuple):
     """What the standings need of a row."""
@@ -91,8 +95,7 @@ def table(results: Path) -> str:
     lines: list[str] = []
     for match, arms in matches(results).items():
         lines += [
-            f"{match.labeled} labeled frames, {match.size}, {match.steps:,} steps, "
-            f"tested on {match.video}" + (", of which no frame trains" if match.held_out else ""),
+            f"{match.labeled} labeled frames, {match.size}, {match.steps:,} steps, {match.tested}",
             "",
             f"| arm | kept | right | seeds | mIoU | sd | minus {' | minus '.join(BESIDE)} |",
             "|---" * (6 + len(BESIDE)) + "|",
@@ -146,8 +149,8 @@ def panels(results: Path) -> dict[str, dict[str, list[float]]]:
     for match, arms in sorted(matches(results).items(), key=lambda match: -match[0].steps):
         over = {arm: gains(runs, arms.get("raw", {})) for arm, runs in arms.items() if arm != "raw"}
         points = {arm: [100 * gain for gain in each] for arm, each in over.items() if each}
-        if (match.labeled, match.held_out) == (SHOWN, "") and points:
-            title = f"{match.steps:,} steps, {match.size}, tested on {match.video}"
+        if match.labeled == SHOWN and points:
+            title = f"{match.steps:,} steps, {match.size}, {match.tested}"
             found[title] = dict(sorted(points.items(), key=lambda arm: mean(arm[1])))
     return found
 
