@@ -85,13 +85,12 @@ def weighted(bench: Bench, count: int, seed: int) -> list[Row]:
                     own = made.thresholds(ratio(described[rest]))
                     each = [judge.of_one(t, i) for t, i in zip(own.tolist(), rest, strict=True)]
                     covered, sizes = np.array(each).T
-                    fixed = judge.coverage(bench.limits_of(plain, plain.compute(alpha)))[
-                        rest
-                    ].summary()
+                    limits = bench.limits_of(plain, plain.compute(alpha))
+                    mean, _, _, size = judge.coverage(limits)[rest].summary()
                     found[alpha].append((
-                        fixed[0],
+                        mean,
                         float(covered.mean()),
-                        fixed[-1],
+                        size,
                         float(sizes.mean()),
                         made.effective_units,
                         float(own.isinf().double().mean()),
@@ -173,12 +172,13 @@ def following(bench: Bench) -> list[Row]:
         for alpha in ALPHAS:
             made = calibrator.compute(alpha)
             fixed = judge.coverage(bench.limits_of(calibrator, made))[stream]
+            mean, _, _, size = fixed.summary()
             rows.append({
                 "test": video, "alpha": alpha, "gamma": "fixed", "frames": len(stream),
-                "mean of images": fixed.summary()[0],
+                "mean of images": mean,
                 "second half": float(np.nanmean(fixed.of_images[len(stream) // 2 :])),
                 "worst frame": float(np.nanmin(fixed.of_images)),
-                "set size": fixed.summary()[-1], "full": 0.0,
+                "set size": size, "full": 0.0,
             })  # fmt: skip
             for gamma in (0.01, 0.05, 0.2):
                 moving = AdaptiveLevel(calibrator, alpha, gamma=gamma)
